@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from distributed.scheduler import KilledWorker
 from shapely.geometry import Point
 
+from known_scenes import site_of
 from minecube import cube, models
 from minecube.catalog import load_models
 from minecube.catalog.fields import FieldError
@@ -352,10 +353,10 @@ def environment(**more):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, make):
+def world(tmp_path_factory):
     """A built and labelled store of three sites, a model that nobody trained, and the archive."""
     folder = tmp_path_factory.mktemp("world")
-    site = make.site("a", 360000, 5600040, 48, 48)
+    site = site_of("a", 360000, 5600040, 48, 48)
     simulate_archive(
         [site],
         folder / "archive",

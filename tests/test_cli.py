@@ -34,6 +34,7 @@ import zarr
 from click.testing import CliRunner
 from shapely.geometry import box
 
+from known_scenes import site_of
 from minecube import cube, scenes
 from minecube.catalog import Registration, load_recipes, load_sites, load_sources
 from minecube.cli import COMMANDS, cli
@@ -125,10 +126,10 @@ def test_the_list_of_sites_says_which_years():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, make):
+def world(tmp_path_factory):
     """A site of 120 x 96 px, two years, one provider; polygons of the site and of its mine."""
     folder = tmp_path_factory.mktemp("world")
-    site = make.site("pit", 360000, 5600040, 120, 96)
+    site = site_of("pit", 360000, 5600040, 120, 96)
     simulate_archive(
         [site],
         folder / "archive",
@@ -970,7 +971,7 @@ def test_bad_sources(world, tmp_path, monkeypatch):
     )
 
 
-def test_a_list_of_another_site(world, built, tmp_path, make):
+def test_a_list_of_another_site(world, built, tmp_path):
     lists = tmp_path / "lists"
     lists.mkdir()
     for year in (2020, 2022):
@@ -978,7 +979,7 @@ def test_a_list_of_another_site(world, built, tmp_path, make):
             world / "cubes.zarr-scenes" / f"pit_{year}_sim-earth-search.parquet",
             lists / f"far_{year}_sim-earth-search.parquet",
         )
-    far = make.site("far", 460000, 5600040, 60, 60)
+    far = site_of("far", 460000, 5600040, 60, 60)
     gpd.GeoDataFrame({"id": ["far"]}, geometry=[far.geometry], crs=4326).to_file(
         tmp_path / "sites.geojson"
     )

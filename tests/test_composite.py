@@ -10,6 +10,7 @@ import odc.stac
 import pytest
 from scipy import ndimage
 
+from known_scenes import grid_at, unique_pixels
 from minecube import scenes
 from minecube.catalog import (
     BANDS,
@@ -93,7 +94,7 @@ def by_brute_force(listed, grid, recipe, files):  # noqa: C901  one long loop, a
     return out, count
 
 
-def year_of_scenes(archive, make, rng, bright=False):
+def year_of_scenes(archive, rng, bright=False):
     """Six days: two tiles overlapping, a split datatake, offsets of both kinds, ragged swath edges, cloud."""
     listed, files = [], {}
 
@@ -120,30 +121,30 @@ def year_of_scenes(archive, make, rng, bright=False):
         files[listed[-1].id] = {**pixels, "SCL": scl, "grid": where}
 
     for day in (1, 4, 7, 9):
-        add(f"2020-06-0{day}T10:00:00", make.grid(LEFT - 200, TOP + 200, 64, 100))
-        add(f"2020-06-0{day}T10:00:05", make.grid(LEFT + 200, TOP + 200, 90, 100), tile="33UVR")
-    add("2020-07-01T10:00:00", make.grid(LEFT - 200, TOP + 200, 120, 100), baseline="05.00")
+        add(f"2020-06-0{day}T10:00:00", grid_at(LEFT - 200, TOP + 200, 64, 100))
+        add(f"2020-06-0{day}T10:00:05", grid_at(LEFT + 200, TOP + 200, 90, 100), tile="33UVR")
+    add("2020-07-01T10:00:00", grid_at(LEFT - 200, TOP + 200, 120, 100), baseline="05.00")
     add(
         "2020-07-06T10:00:00",
-        make.grid(LEFT - 200, TOP + 200, 120, 60),
+        grid_at(LEFT - 200, TOP + 200, 120, 60),
         start="20200706T100001",
         baseline="04.00",
     )
     add(
         "2020-07-06T10:00:00",
-        make.grid(LEFT - 200, TOP - 200, 120, 60),
+        grid_at(LEFT - 200, TOP - 200, 120, 60),
         start="20200706T100025",
         baseline="04.00",
     )
     return listed, files
 
 
-def test_against_brute_force(archive, make):
-    grid = make.grid(LEFT, TOP, 72, 66)
+def test_against_brute_force(archive):
+    grid = grid_at(LEFT, TOP, 72, 66)
     recipe = dataclasses.replace(
         MASKED, mask=tuple(dataclasses.replace(r, open_m=0) for r in MASKED.mask)
     )
-    listed, files = year_of_scenes(archive, make, np.random.default_rng(1))
+    listed, files = year_of_scenes(archive, np.random.default_rng(1))
     # Clouds beside the grid reach into it.
     expected, count = by_brute_force(listed, grid.pad(6), recipe, files)
     expected, count = expected[:, 6:-6, 6:-6], count[6:-6, 6:-6]
@@ -155,10 +156,10 @@ def test_against_brute_force(archive, make):
     assert clear.mean() > 0.5
 
 
-def test_neither_the_order_of_scenes_nor_the_cut_into_blocks_matters(archive, make):
-    grid = make.grid(LEFT, TOP, 72, 66)
+def test_neither_the_order_of_scenes_nor_the_cut_into_blocks_matters(archive):
+    grid = grid_at(LEFT, TOP, 72, 66)
     recipe = dataclasses.replace(MASKED, bright_override=BrightOverride(window_m=120))
-    listed, _ = year_of_scenes(archive, make, np.random.default_rng(2), bright=True)
+    listed, _ = year_of_scenes(archive, np.random.default_rng(2), bright=True)
     whole = composite(
         listed, grid, dataclasses.replace(recipe, block_px=128, chunk_px=128)
     ).compute()
@@ -175,9 +176,9 @@ def test_neither_the_order_of_scenes_nor_the_cut_into_blocks_matters(archive, ma
             )
 
 
-def test_haze_goes_and_changed_ground_stays(archive, make):
+def test_haze_goes_and_changed_ground_stays(archive):
     """Seven dates: a veil over half of the third, unknown to SCL; a field bare from the sixth on, in red above all."""
-    grid, where = make.grid(LEFT, TOP, 96, 64), make.grid(LEFT - 1200, TOP + 1200, 400, 400)
+    grid, where = grid_at(LEFT, TOP, 96, 64), grid_at(LEFT - 1200, TOP + 1200, 400, 400)
     three = dataclasses.replace(archive, bands=("B02", "B04", "B11"))
     recipe = dataclasses.replace(PLAIN, bands=("B02", "B04", "B11"), haze=HazeTest())
     rng = np.random.default_rng(4)
@@ -202,9 +203,9 @@ def test_haze_goes_and_changed_ground_stays(archive, make):
         np.testing.assert_array_equal(made[name], cut[name], err_msg=name)
 
 
-def test_overlapping_tiles_are_one_observation(archive, make):
+def test_overlapping_tiles_are_one_observation(archive):
     """Counted twice, the two tiles of the bright day would outvote the other two days."""
-    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+    grid, where = grid_at(LEFT, TOP, 60, 60), grid_at(LEFT - 600, TOP + 600, 180, 180)
     listed = [
         archive.scene("2020-06-01T10:00:00", where, {"B04": 9000, "B11": 9000}, tile="33UUR"),
         archive.scene("2020-06-01T10:00:14", where, {"B04": 9000, "B11": 9000}, tile="33UVR"),
@@ -216,8 +217,8 @@ def test_overlapping_tiles_are_one_observation(archive, make):
     assert np.unique(made.clear_count) == [3]
 
 
-def test_dark_pixels_do_not_wrap_and_nodata_is_not_an_observation(archive, make):
-    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+def test_dark_pixels_do_not_wrap_and_nodata_is_not_an_observation(archive):
+    grid, where = grid_at(LEFT, TOP, 60, 60), grid_at(LEFT - 600, TOP + 600, 180, 180)
     holed = np.full((180, 180), 950, np.uint16)
     holed[100:120] = 0
     listed = [
@@ -234,16 +235,16 @@ def test_dark_pixels_do_not_wrap_and_nodata_is_not_an_observation(archive, make)
         assert not made[name].values[..., rows, :].any()
 
 
-def test_the_neighbouring_zone_lands_where_gdal_puts_it(archive, make):
+def test_the_neighbouring_zone_lands_where_gdal_puts_it(archive):
     """Our mosaic of a warped scene against odc-stac's loading of the same item."""
-    grid = make.grid(LEFT, TOP, 120, 90)
+    grid = grid_at(LEFT, TOP, 120, 90)
     y, x = np.mgrid[:400, :400]
     pixels = {
         "B04": (2000 + 5 * x + 3 * y).astype(np.uint16),
         "B11": (1000 + 4 * x + 2 * y)[::2, ::2].astype(np.uint16),
     }
     item = archive.item(
-        "2020-06-01T10:00:00", make.grid(784000, 5607000, 400, 400, 32632), pixels, tile="32UQB"
+        "2020-06-01T10:00:00", grid_at(784000, 5607000, 400, 400, 32632), pixels, tile="32UQB"
     )
     made = composite([scenes.normalise(item, archive.source)], grid, PLAIN).compute()
     theirs = odc.stac.load(
@@ -258,17 +259,17 @@ def test_the_neighbouring_zone_lands_where_gdal_puts_it(archive, make):
     )
 
 
-def test_scenes_of_the_grids_own_zone_come_first(archive, make):
+def test_scenes_of_the_grids_own_zone_come_first(archive):
     """A warped pixel is only taken where no unresampled one is, though its scene came first."""
-    grid = make.grid(LEFT, TOP, 60, 60)
+    grid = grid_at(LEFT, TOP, 60, 60)
     neighbour = archive.scene(
         "2020-06-01T10:00:00",
-        make.grid(784000, 5607000, 400, 400, 32632),
+        grid_at(784000, 5607000, 400, 400, 32632),
         {"B04": 5000, "B11": 5000},
         tile="32UQB",
     )
     own = archive.scene(
-        "2020-06-01T10:00:14", make.grid(LEFT - 600, TOP + 600, 90, 180), {"B04": 2000, "B11": 2000}
+        "2020-06-01T10:00:14", grid_at(LEFT - 600, TOP + 600, 90, 180), {"B04": 2000, "B11": 2000}
     )
     made = composite([neighbour, own], grid, PLAIN).compute()
     values = made.reflectance.sel(band="B04").values
@@ -277,9 +278,9 @@ def test_scenes_of_the_grids_own_zone_come_first(archive, make):
     assert np.unique(values[:, 28:]) == [5000]
 
 
-def test_20_m_pixels_are_repeated_not_shifted(archive, make):
-    grid, where = make.grid(LEFT, TOP, 64, 48), make.grid(LEFT - 300, TOP + 300, 140, 120)
-    b11 = make.unique(60, 70)
+def test_20_m_pixels_are_repeated_not_shifted(archive):
+    grid, where = grid_at(LEFT, TOP, 64, 48), grid_at(LEFT - 300, TOP + 300, 140, 120)
+    b11 = unique_pixels(60, 70)
     made = composite(
         [archive.scene("2020-06-01T10:00:00", where, {"B04": 7, "B11": b11})], grid, PLAIN
     ).compute()
@@ -287,9 +288,9 @@ def test_20_m_pixels_are_repeated_not_shifted(archive, make):
     np.testing.assert_array_equal(made.reflectance.sel(band="B11"), expected)
 
 
-def test_it_is_lazy_and_its_graph_grows_with_blocks_not_with_scenes(archive, make):
-    grid = make.grid(LEFT, TOP, 72, 66)
-    listed, _ = year_of_scenes(archive, make, np.random.default_rng(1))
+def test_it_is_lazy_and_its_graph_grows_with_blocks_not_with_scenes(archive):
+    grid = grid_at(LEFT, TOP, 72, 66)
+    listed, _ = year_of_scenes(archive, np.random.default_rng(1))
     for scene in listed:
         for asset in scene.assets.values():
             asset.href = "/nowhere.tif"
@@ -300,18 +301,18 @@ def test_it_is_lazy_and_its_graph_grows_with_blocks_not_with_scenes(archive, mak
         many.compute()
 
 
-def test_a_scene_without_a_band_is_named(archive, make):
-    scene = archive.scene("2020-06-01T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+def test_a_scene_without_a_band_is_named(archive):
+    scene = archive.scene("2020-06-01T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     with pytest.raises(ReadError, match=rf"{scene.id}: has no B08, which recipe 'plain' needs"):
         composite(
             [scene],
-            make.grid(LEFT, TOP, 60, 60),
+            grid_at(LEFT, TOP, 60, 60),
             dataclasses.replace(PLAIN, bands=("B04", "B08", "B11")),
         )
 
 
-def test_a_pixel_always_cloudy_is_filled_and_not_counted_clear(archive, make):
-    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+def test_a_pixel_always_cloudy_is_filled_and_not_counted_clear(archive):
+    grid, where = grid_at(LEFT, TOP, 60, 60), grid_at(LEFT - 600, TOP + 600, 180, 180)
     scl = np.full((90, 90), 4, np.uint8)
     scl[40:50, 40:50] = 9
     listed = [
@@ -326,9 +327,9 @@ def test_a_pixel_always_cloudy_is_filled_and_not_counted_clear(archive, make):
     np.testing.assert_array_equal(made.clear_count.values > 0, made.quality.values == 1)
 
 
-def test_an_observation_is_one_in_all_bands_and_the_next_best_takes_its_place(archive, make):
+def test_an_observation_is_one_in_all_bands_and_the_next_best_takes_its_place(archive):
     """Left: the clear date lacks B11, so the cloudy one is used; right: both lack a band, so nothing is."""
-    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+    grid, where = grid_at(LEFT, TOP, 60, 60), grid_at(LEFT - 600, TOP + 600, 180, 180)
     clear_b11, cloudy_b04 = np.full((90, 90), 2000), np.full((180, 180), 5000)
     clear_b11[:, 40:] = 0  # from column 20 of the grid on, in 10 m pixels
     cloudy_b04[:, 100:] = 0  # from column 40 on
@@ -349,9 +350,9 @@ def test_an_observation_is_one_in_all_bands_and_the_next_best_takes_its_place(ar
         assert np.unique(made.quality.values[:, columns]) == [quality]
 
 
-def test_what_bands_lack_is_found_at_once(archive, make, monkeypatch):
+def test_what_bands_lack_is_found_at_once(archive, monkeypatch):
     """Six dates, each without a pixel in one band or the other: the block is made twice, not once more for each."""
-    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+    grid, where = grid_at(LEFT, TOP, 60, 60), grid_at(LEFT - 600, TOP + 600, 180, 180)
     listed = []
     for n in range(6):
         b04, b11 = np.full((180, 180), 1000 + n), np.full((90, 90), 2000 + n)
@@ -365,7 +366,7 @@ def test_what_bands_lack_is_found_at_once(archive, make, monkeypatch):
     assert len(rounds) == 2
 
 
-def tiles_with_holes(archive, make, rng):
+def tiles_with_holes(archive, rng):
     """Five days of up to three overlapping tiles, with clouds and with holes in B04 or B11 at other places in each tile."""
     listed, tiles = [], []
     for day in range(5):
@@ -378,7 +379,7 @@ def tiles_with_holes(archive, make, rng):
                 b04[2 * row : 2 * row + 9, 2 * column : 2 * column + 15] = rng.choice([0, 65535])
                 row, column = rng.integers(30, 80, 2)
                 b11[row : row + 5, column : column + 7] = rng.choice([0, 65535])
-            where, tile = make.grid(LEFT - 600, TOP + 600, 240, 240), f"33U{'UVW'[n]}R"
+            where, tile = grid_at(LEFT - 600, TOP + 600, 240, 240), f"33U{'UVW'[n]}R"
             listed.append(
                 archive.scene(
                     f"2020-06-{1 + 4 * day:02d}T10:00:{n:02d}",
@@ -414,12 +415,12 @@ def first_whole_tile(tiles, reach):
     return out[..., 60:140, 60:140]
 
 
-def test_a_hole_in_a_tile_is_filled_from_the_next_tile_of_the_day(archive, make):
-    grid = make.grid(LEFT, TOP, 80, 80)
+def test_a_hole_in_a_tile_is_filled_from_the_next_tile_of_the_day(archive):
+    grid = grid_at(LEFT, TOP, 80, 80)
     recipe = dataclasses.replace(
         PLAIN, mask=(MaskRule(classes=(9,), dilate_m=60),), fallback=(), block_px=96
     )
-    listed, tiles = tiles_with_holes(archive, make, np.random.default_rng(3))
+    listed, tiles = tiles_with_holes(archive, np.random.default_rng(3))
     expected = first_whole_tile(tiles, 3)
     made = composite(listed, grid, recipe).compute()
     np.testing.assert_array_equal(made.clear_count, np.isfinite(expected[:, 0]).sum(axis=0))
@@ -442,8 +443,8 @@ def test_a_hole_in_a_tile_is_filled_from_the_next_tile_of_the_day(archive, make)
 
 
 @pytest.mark.parametrize("holed", [False, True])
-def test_the_next_tile_of_a_day_is_read_only_for_holes(archive, make, holed):
-    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+def test_the_next_tile_of_a_day_is_read_only_for_holes(archive, holed):
+    grid, where = grid_at(LEFT, TOP, 60, 60), grid_at(LEFT - 600, TOP + 600, 180, 180)
     b11 = np.full((90, 90), 2000)
     b11[40:50, 35:45] = 0 if holed else 2000
     listed = [
@@ -470,9 +471,9 @@ def test_the_next_tile_of_a_day_is_read_only_for_holes(archive, make, holed):
     assert ledger.totals()["completeness"] == 1
 
 
-def test_bands_of_a_scene_that_no_pixel_needs_are_not_read(archive, make):
+def test_bands_of_a_scene_that_no_pixel_needs_are_not_read(archive):
     """The mask decides first: the overcast scene's bands are gone, and nobody asks for them."""
-    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+    grid, where = grid_at(LEFT, TOP, 60, 60), grid_at(LEFT - 600, TOP + 600, 180, 180)
     listed = [
         archive.scene("2020-06-01T10:00:00", where, {"B04": 8000, "B11": 8000}, 9),
         archive.scene("2020-06-04T10:00:00", where, {"B04": 1000, "B11": 2000}, 4),
@@ -486,9 +487,9 @@ def test_bands_of_a_scene_that_no_pixel_needs_are_not_read(archive, make):
         composite(listed, grid, PLAIN).compute()
 
 
-def test_two_overpasses_of_one_day_are_two_observations(archive, make):
+def test_two_overpasses_of_one_day_are_two_observations(archive):
     """Far north two satellites pass on one day: the clear one must not hide behind the cloudy one."""
-    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 600, TOP + 600, 180, 180)
+    grid, where = grid_at(LEFT, TOP, 60, 60), grid_at(LEFT - 600, TOP + 600, 180, 180)
     listed = [
         archive.scene("2020-06-01T10:00:00", where, {"B04": 8000, "B11": 8000}, 9),
         archive.scene("2020-06-01T11:40:00", where, {"B04": 1000, "B11": 2000}, 4),
@@ -515,10 +516,10 @@ EVERY = {
 FOUR = ("B02", "B04", "B08", "B11")
 
 
-def four_bands(archive, make, rng, days=9, cloud=0.2, bright=0.0):
+def four_bands(archive, rng, days=9, cloud=0.2, bright=0.0):
     """Dates of random pixels in four bands, clouds strewn about, some on all dates; a third in part outside the swath."""
     always = rng.random((160, 160)) < bright
-    where = make.grid(LEFT - 1200, TOP + 1200, 320, 320)
+    where = grid_at(LEFT - 1200, TOP + 1200, 320, 320)
     many, files = dataclasses.replace(archive, bands=FOUR), []
     listed = []
     for day in range(days):
@@ -557,8 +558,8 @@ def spectra(files, row, column):
 
 
 @pytest.mark.parametrize("reducer", EVERY)
-def test_every_reducer_by_brute_force(archive, make, reducer):
-    grid = make.grid(LEFT, TOP, 48, 36)
+def test_every_reducer_by_brute_force(archive, reducer):
+    grid = grid_at(LEFT, TOP, 48, 36)
     recipe = dataclasses.replace(
         PLAIN,
         bands=FOUR,
@@ -569,7 +570,7 @@ def test_every_reducer_by_brute_force(archive, make, reducer):
         block_px=32,
         chunk_px=16,
     )
-    listed, files = four_bands(archive, make, np.random.default_rng(3))
+    listed, files = four_bands(archive, np.random.default_rng(3))
     made = composite(listed, grid, recipe).compute()
     assert set(made.data_vars) == {"reflectance", *recipe.layers}
     for row, column in np.random.default_rng(0).integers(0, (36, 48), (60, 2)):
@@ -590,9 +591,9 @@ def test_every_reducer_by_brute_force(archive, make, reducer):
         # The score of best-pixel has tests of its own; that it is one date's pixels is tested below.
 
 
-def test_a_chosen_date_is_one_date_in_all_bands(archive, make):
+def test_a_chosen_date_is_one_date_in_all_bands(archive):
     """Each date's bands are its own number: whatever is chosen, all bands and the day of year are of the same date."""
-    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1500, TOP + 1500, 400, 400)
+    grid, where = grid_at(LEFT, TOP, 48, 36), grid_at(LEFT - 1500, TOP + 1500, 400, 400)
     many, rng = dataclasses.replace(archive, bands=FOUR), np.random.default_rng(8)
     recipe = dataclasses.replace(
         PLAIN,
@@ -623,9 +624,9 @@ def test_a_chosen_date_is_one_date_in_all_bands(archive, make):
 
 
 @pytest.mark.parametrize("band", ["B02", "B04"])
-def test_a_black_pixel_is_chosen_only_where_all_are(archive, make, band):
+def test_a_black_pixel_is_chosen_only_where_all_are(archive, band):
     """Blue of 1 is free of haze, on the best day of the year, too."""
-    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1500, TOP + 1500, 400, 400)
+    grid, where = grid_at(LEFT, TOP, 48, 36), grid_at(LEFT - 1500, TOP + 1500, 400, 400)
     many = dataclasses.replace(archive, bands=FOUR)
     recipe = dataclasses.replace(
         PLAIN,
@@ -655,7 +656,7 @@ def test_a_black_pixel_is_chosen_only_where_all_are(archive, make, band):
 FIVE = (*FOUR, "B12")
 
 
-def days_with_black(archive, make, rng, holes=0.0):
+def days_with_black(archive, rng, holes=0.0):
     """Seven dates with clouds, black patches in single bands, and water: black on all dates in B11 and B12.
 
     Returns the scenes, and of each date and band the pixels of a grid of 80 x 80 at 10 m; 0 = cloud, or a hole in a band.
@@ -681,7 +682,7 @@ def days_with_black(archive, make, rng, holes=0.0):
         listed.append(
             many.scene(
                 f"2020-0{5 + day % 5}-{3 + 3 * day:02d}T10:00:00",
-                make.grid(LEFT - 1600, TOP + 1600, 400, 400),
+                grid_at(LEFT - 1600, TOP + 1600, 400, 400),
                 files,
                 scl,
             )
@@ -690,9 +691,9 @@ def days_with_black(archive, make, rng, holes=0.0):
 
 
 @pytest.mark.parametrize("holes", [0.0, 0.03])
-def test_the_date_black_in_the_fewest_bands_is_chosen(archive, make, holes):
+def test_the_date_black_in_the_fewest_bands_is_chosen(archive, holes):
     """In any band of the recipe, whether the choice looks at it or not; water takes its best date."""
-    grid = make.grid(LEFT, TOP, 80, 80)
+    grid = grid_at(LEFT, TOP, 80, 80)
     only = BestPixel(opacity_weight=0, sharpness_weight=0, cloud_weight=0)
     recipe = dataclasses.replace(
         PLAIN,
@@ -703,7 +704,7 @@ def test_the_date_black_in_the_fewest_bands_is_chosen(archive, make, holes):
         best_pixel=only,
         block_px=96,
     )
-    listed, pixels = days_with_black(archive, make, np.random.default_rng(11), holes)
+    listed, pixels = days_with_black(archive, np.random.default_rng(11), holes)
     yeardays = np.array([s.datetime.timetuple().tm_yday for s in listed])
     observed = pixels[:, 0] != 0
     score = np.broadcast_to(-np.abs(yeardays - only.day)[:, None, None], observed.shape)
@@ -731,9 +732,9 @@ def test_the_date_black_in_the_fewest_bands_is_chosen(archive, make, holes):
 
 
 @pytest.mark.parametrize("water", [False, True])
-def test_black_bands_are_read_once_more_and_others_once(archive, make, monkeypatch, water):
+def test_black_bands_are_read_once_more_and_others_once(archive, monkeypatch, water):
     """Water is black in B11 on all dates: B11 is read to choose, and no band is read a third time."""
-    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1500, TOP + 1500, 400, 400)
+    grid, where = grid_at(LEFT, TOP, 48, 36), grid_at(LEFT - 1500, TOP + 1500, 400, 400)
     many = dataclasses.replace(archive, bands=FOUR)
     recipe = dataclasses.replace(PLAIN, bands=FOUR, reducer="best-pixel", best_pixel=BestPixel())
     b11 = np.full((200, 200), 1900)
@@ -762,8 +763,8 @@ def test_black_bands_are_read_once_more_and_others_once(archive, make, monkeypat
 @pytest.mark.parametrize(
     ("reducer", "rule"), [("medoid", {}), ("max-ndvi", {}), ("percentile", {"percentile": 30.0})]
 )
-def test_reducers_of_earlier_versions_are_refused_by_name(archive, make, reducer, rule):
-    where = make.grid(LEFT, TOP, 60, 60)
+def test_reducers_of_earlier_versions_are_refused_by_name(archive, reducer, rule):
+    where = grid_at(LEFT, TOP, 60, 60)
     scene = archive.scene("2020-06-01T10:00:00", where, {"B04": 1, "B11": 1})
     bands = ("B04", "B08") if reducer == "max-ndvi" else PLAIN.bands
     recipe = dataclasses.replace(PLAIN, reducer=reducer, bands=bands, **rule)
@@ -774,16 +775,16 @@ def test_reducers_of_earlier_versions_are_refused_by_name(archive, make, reducer
         composite([scene], where, recipe)
 
 
-def test_bands_read_into_the_memory_of_others_are_the_same(archive, make, monkeypatch):
+def test_bands_read_into_the_memory_of_others_are_the_same(archive, monkeypatch):
     """One band ahead, against all at once, which share nothing: two tiles a day, clouds, a veil."""
-    grid, rng = make.grid(LEFT, TOP, 96, 72), np.random.default_rng(12)
+    grid, rng = grid_at(LEFT, TOP, 96, 72), np.random.default_rng(12)
     recipe = dataclasses.replace(
         PLAIN, bands=BANDS, mask=(MaskRule(classes=(9,)),), haze=HazeTest(), fallback=()
     )
     ten, listed = dataclasses.replace(archive, bands=BANDS), []
     for n in range(7):
         for left in (-1200, 480) if n % 2 else (-1200,):
-            where = make.grid(LEFT + left, TOP + 1200, 300 if n % 2 else 400, 400)
+            where = grid_at(LEFT + left, TOP + 1200, 300 if n % 2 else 400, 400)
             height, width = where.shape
             scl = np.full((height // 2, width // 2), 4, np.uint8)
             for _ in range(12):
@@ -822,9 +823,9 @@ def test_bands_read_into_the_memory_of_others_are_the_same(archive, make, monkey
     assert not {"B08", "B8A", "B11", "B12"} & of_veil
 
 
-def test_a_date_that_is_clear_beside_the_block_only_is_no_observation_in_it(archive, make):
+def test_a_date_that_is_clear_beside_the_block_only_is_no_observation_in_it(archive):
     """The haze test looks 60 m beyond the block, where the first date is clear; the other dates' bands must stay their own."""
-    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1200, TOP + 1200, 320, 320)
+    grid, where = grid_at(LEFT, TOP, 48, 36), grid_at(LEFT - 1200, TOP + 1200, 320, 320)
     three, listed = dataclasses.replace(archive, bands=("B02", "B04", "B11")), []
     for n, value in enumerate((9000, 500, 600, 800)):
         scl = np.full((160, 160), 4 if n else 9, np.uint8)
@@ -844,9 +845,9 @@ def test_a_date_that_is_clear_beside_the_block_only_is_no_observation_in_it(arch
 
 
 @pytest.mark.parametrize("reducer", EVERY)
-def test_a_date_under_haze_is_no_choice_of_any_reducer(archive, make, reducer):
+def test_a_date_under_haze_is_no_choice_of_any_reducer(archive, reducer):
     """Five dates, the third hazy over the left half and of the highest NDVI there: no pixel of it, no hole for it."""
-    grid, where = make.grid(LEFT, TOP, 48, 36), make.grid(LEFT - 1200, TOP + 1200, 320, 320)
+    grid, where = grid_at(LEFT, TOP, 48, 36), grid_at(LEFT - 1200, TOP + 1200, 320, 320)
     many, rng, listed = dataclasses.replace(archive, bands=FOUR), np.random.default_rng(2), []
     recipe = dataclasses.replace(
         PLAIN, bands=FOUR, haze=HazeTest(), reducer=reducer, **EVERY[reducer], block_px=32
@@ -868,8 +869,8 @@ def test_a_date_under_haze_is_no_choice_of_any_reducer(archive, make, reducer):
     assert (made.reflectance.sel(band="B08").values < 2005).all()
 
 
-def test_the_best_pixel_is_near_its_day_and_far_from_clouds(archive, make):
-    grid, where = make.grid(LEFT, TOP, 48, 48), make.grid(LEFT - 2400, TOP + 2400, 600, 600)
+def test_the_best_pixel_is_near_its_day_and_far_from_clouds(archive):
+    grid, where = grid_at(LEFT, TOP, 48, 48), grid_at(LEFT - 2400, TOP + 2400, 600, 600)
     many = dataclasses.replace(archive, bands=FOUR)
     rule = BestPixel(
         day=196, day_spread=20, opacity_weight=0, sharpness_weight=0, cloud_distance_m=300
@@ -900,9 +901,9 @@ def test_the_best_pixel_is_near_its_day_and_far_from_clouds(archive, make):
     np.testing.assert_array_equal(np.unique(made.day_of_year), [196, 206])
 
 
-def test_a_cloud_is_kept_away_from_across_blocks(archive, make):
+def test_a_cloud_is_kept_away_from_across_blocks(archive):
     """A cloud of the first date in the west of the first block: up to 1 km off, in the second, the other date is better."""
-    grid, where = make.grid(LEFT, TOP, 128, 48), make.grid(LEFT - 1500, TOP + 1500, 500, 400)
+    grid, where = grid_at(LEFT, TOP, 128, 48), grid_at(LEFT - 1500, TOP + 1500, 500, 400)
     only = BestPixel(day_weight=0, opacity_weight=0, sharpness_weight=0, cloud_distance_m=1000)
     recipe = dataclasses.replace(
         PLAIN,
@@ -926,9 +927,9 @@ def test_a_cloud_is_kept_away_from_across_blocks(archive, make):
     np.testing.assert_array_equal(taken, np.broadcast_to(far < 1000, taken.shape).astype(int))
 
 
-def test_the_surroundings_of_bright_ground_reach_across_blocks(archive, make):
+def test_the_surroundings_of_bright_ground_reach_across_blocks(archive):
     """A bright spot in the second block on ten dates; on two, cloud in the first, 300 m off: there it is cloud, too."""
-    grid, where = make.grid(LEFT, TOP, 128, 48), make.grid(LEFT - 1500, TOP + 1500, 500, 400)
+    grid, where = grid_at(LEFT, TOP, 128, 48), grid_at(LEFT - 1500, TOP + 1500, 500, 400)
     recipe = dataclasses.replace(
         PLAIN,
         mask=(MaskRule(classes=(9,)),),
@@ -951,9 +952,9 @@ def test_the_surroundings_of_bright_ground_reach_across_blocks(archive, make):
     np.testing.assert_array_equal(np.unique(count[:, 74:]), [10])
 
 
-def test_a_wider_season_and_a_neighbouring_year_fill_what_summer_leaves(archive, make):
+def test_a_wider_season_and_a_neighbouring_year_fill_what_summer_leaves(archive):
     """Left: clear in July; then clear in October only; then in the year before only; then never."""
-    grid, where = make.grid(LEFT, TOP, 80, 60), make.grid(LEFT - 600, TOP + 600, 200, 180)
+    grid, where = grid_at(LEFT, TOP, 80, 60), grid_at(LEFT - 600, TOP + 600, 200, 180)
     recipe = dataclasses.replace(
         MASKED,
         mask=(MaskRule(classes=(9,)),),
@@ -992,9 +993,9 @@ def test_a_wider_season_and_a_neighbouring_year_fill_what_summer_leaves(archive,
     assert np.unique(made.quality.values[:, :20]) == [5]
 
 
-def test_the_clearest_dates_are_read_and_no_hole_is_left(archive, make):
+def test_the_clearest_dates_are_read_and_no_hole_is_left(archive):
     """Twelve dates, of which three clear ones are enough; one corner is clear on another date only."""
-    grid, where = make.grid(LEFT, TOP, 80, 80), make.grid(LEFT - 600, TOP + 600, 200, 200)
+    grid, where = grid_at(LEFT, TOP, 80, 80), grid_at(LEFT - 600, TOP + 600, 200, 200)
     recipe = dataclasses.replace(
         MASKED, mask=(MaskRule(classes=(9,)),), max_clear_observations=3, block_px=96
     )
@@ -1024,9 +1025,9 @@ def test_the_clearest_dates_are_read_and_no_hole_is_left(archive, make):
 
 
 @pytest.mark.parametrize("reducer", EVERY)
-def test_a_block_made_in_parts_is_the_same(archive, make, reducer, monkeypatch):
+def test_a_block_made_in_parts_is_the_same(archive, reducer, monkeypatch):
     """So that memory has a bound whatever the number of dates."""
-    grid = make.grid(
+    grid = grid_at(
         LEFT, TOP, 180, 156
     )  # half of which is no multiple of the bright override's cells
     mask = (MaskRule(classes=(9,), dilate_m=40),)
@@ -1042,7 +1043,7 @@ def test_a_block_made_in_parts_is_the_same(archive, make, reducer, monkeypatch):
         block_px=192,
         chunk_px=96,
     )
-    listed, _ = four_bands(archive, make, np.random.default_rng(5), cloud=0.1, bright=0.02)
+    listed, _ = four_bands(archive, np.random.default_rng(5), cloud=0.1, bright=0.02)
     whole = composite(listed, grid, recipe).compute()
     made, calls = block.composite_block, []
     monkeypatch.setattr(block, "BLOCK_BYTES", 2_000_000)
@@ -1053,9 +1054,9 @@ def test_a_block_made_in_parts_is_the_same(archive, make, reducer, monkeypatch):
         np.testing.assert_array_equal(parts[name], whole[name], err_msg=name)
 
 
-def test_a_second_opinion_is_asked_of_every_date(archive, make):
+def test_a_second_opinion_is_asked_of_every_date(archive):
     """A network that calls everything brighter than 3000 in the near infrared thin cloud, where SCL sees nothing."""
-    grid, where = make.grid(LEFT, TOP, 60, 60), make.grid(LEFT - 1200, TOP + 1200, 320, 320)
+    grid, where = grid_at(LEFT, TOP, 60, 60), grid_at(LEFT - 1200, TOP + 1200, 320, 320)
     bands = ("B03", "B04", "B08")
     second = SecondOpinion(weights=("net.pt",), dilate_m=0)
     recipe = dataclasses.replace(PLAIN, bands=bands, second_opinion=second)
@@ -1088,21 +1089,19 @@ def test_a_second_opinion_is_asked_of_every_date(archive, make):
         )
 
 
-def test_layers_without_an_observation(archive, make):
+def test_layers_without_an_observation(archive):
     """A scene beside the grid: integers are 0 and deviations NaN, never a number that could be one."""
     far = [
         archive.scene(
-            "2020-06-01T10:00:00", make.grid(LEFT + 90000, TOP, 60, 60), {"B04": 1, "B11": 1}
+            "2020-06-01T10:00:00", grid_at(LEFT + 90000, TOP, 60, 60), {"B04": 1, "B11": 1}
         )
     ]
     near_by = [
-        archive.scene(
-            "2020-06-01T10:00:00", make.grid(LEFT + 300, TOP, 60, 60), {"B04": 1, "B11": 1}
-        )
+        archive.scene("2020-06-01T10:00:00", grid_at(LEFT + 300, TOP, 60, 60), {"B04": 1, "B11": 1})
     ]
     recipe = dataclasses.replace(PLAIN, reducer="geomedian")
     for listed, seen in ((far, False), (near_by, True)):
-        made = composite(listed, make.grid(LEFT, TOP, 60, 60), recipe).compute()
+        made = composite(listed, grid_at(LEFT, TOP, 60, 60), recipe).compute()
         assert bool(made.reflectance.values.any()) is seen
         assert not made.reflectance.values[:, :, :30].any()
         assert np.isnan(made.emad.values[:, :30]).all()

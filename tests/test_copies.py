@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import stac_geoparquet.arrow
 
+from known_scenes import grid_at, serve, site_of
 from minecube import cube, scenes
 from minecube.catalog import Recipe
 from minecube.cube.write.staging import Staging
@@ -23,14 +24,14 @@ VALUES = (100, 200, 300)
 
 
 @pytest.fixture
-def site(make):
-    return make.site("pit", 360000, 5600040, 120, 120)
+def site():
+    return site_of("pit", 360000, 5600040, 120, 120)
 
 
 @pytest.fixture
-def two(archive, make):
+def two(archive):
     """Two sources of the same acquisitions, in other processings, whose pixels tell them apart."""
-    grid = make.grid(359400, 5600640, 240, 240)
+    grid = grid_at(359400, 5600640, 240, 240)
     second = dataclasses.replace(archive, root=archive.root.with_name("second"), source_id="second")
     for listing, processed, more in ((archive, None, 0), (second, "20230101T000000", 7)):
         items = []
@@ -129,13 +130,13 @@ def test_a_broken_file_is_read_from_the_next_source(two, site, tmp_path):
     ("size", "why"),
     [(0, "it is empty"), (8, "it ends after 8 bytes, before its header does"), (300, "")],
 )
-def test_an_empty_or_cut_file_is_gone(two, site, tmp_path, make, size, why, far):
+def test_an_empty_or_cut_file_is_gone(two, site, tmp_path, size, why, far):
     """300 bytes hold the directory of a GeoTIFF, without the projection that it names."""
     first, second = two
     path = folder_of(first, "2020-06-01") / "B04.tif"
     path.write_bytes(path.read_bytes()[:size])
     why = why or "it ends after 300 bytes, before its header does"
-    with make.served(tmp_path) as url:
+    with serve(tmp_path) as url:
         href = f"{url}/{path.relative_to(tmp_path)}" if far else str(path)
         with pytest.raises(
             UnusableFileError,

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from known_scenes import site_of
 from minecube import report, scenes
 from minecube.catalog import load_recipes, load_sources
 from minecube.cli import cli
@@ -376,10 +377,10 @@ def test_the_recipes_minimum():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, make):
+def world(tmp_path_factory):
     """Items of a small archive listed in two styles, without its images; recipes of the user's own."""
     folder = tmp_path_factory.mktemp("world")
-    site = make.site("pit", 360000, 5600040, 120, 96)
+    site = site_of("pit", 360000, 5600040, 120, 96)
     styles = ("earth-search", "planetary-computer")
     simulate_archive(
         [site],

@@ -23,6 +23,7 @@ import rioxarray  # noqa: F401
 import xarray as xr
 import zarr
 
+from known_scenes import grid_at, site_of
 from minecube import composite as module
 from minecube import cube
 from minecube.catalog import Recipe
@@ -251,12 +252,12 @@ def test_a_rerun_does_nothing_and_another_build_is_refused(store, grid):
     )
 
 
-def test_each_block_is_made_once(archive, make, tmp_path):
+def test_each_block_is_made_once(archive, tmp_path):
     """Three variables come from one task a block."""
-    site = make.site("mine", 360000, 5600040, 60, 48)
+    site = site_of("mine", 360000, 5600040, 60, 48)
     recipe = dataclasses.replace(RECIPE, block_px=32)
     scene = archive.scene(
-        "2020-06-01T10:00:00", make.grid(359400, 5600640, 180, 180), {"B04": 7, "B11": 9}
+        "2020-06-01T10:00:00", grid_at(359400, 5600640, 180, 180), {"B04": 7, "B11": 9}
     )
     where, made = cube.Store(tmp_path / "cubes.zarr"), []
     cube.create_site(where, site, grid_of(site), [2020], recipe)

@@ -12,6 +12,7 @@ import zarr
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from known_scenes import grid_at, site_of
 from minecube import cube
 from minecube.catalog import Recipe, Registration
 from minecube.jobs import build as building
@@ -21,13 +22,13 @@ SHIFTED_PX = 2
 
 
 @pytest.fixture
-def site(make):
-    return make.site("pit", 360000, 5600040, 150, 150)
+def site():
+    return site_of("pit", 360000, 5600040, 150, 150)
 
 
-def listed(archive, make, dates):
+def listed(archive, dates):
     """A source of these dates over one texture; those marked lie 20 m too far east."""
-    grid = make.grid(359400, 5600640, 360, 360)
+    grid = grid_at(359400, 5600640, 360, 360)
     rng = np.random.default_rng(0)
     corners = cKDTree(rng.uniform(0, 360, (600, 2)))
     field = corners.query(np.indices((360, 360)).reshape(2, -1).T)[1].reshape(360, 360)
@@ -66,8 +67,8 @@ def job_of(source, tmp_path, min_dates):
 DATES = {"2020-05-01": False, "2020-06-01": False, "2020-07-01": True, "2020-08-01": False}
 
 
-def test_scenes_left_out_are_listed_with_the_reason_and_not_counted(archive, make, site, tmp_path):
-    job = job_of(listed(archive, make, DATES), tmp_path, min_dates=3)
+def test_scenes_left_out_are_listed_with_the_reason_and_not_counted(archive, site, tmp_path):
+    job = job_of(listed(archive, DATES), tmp_path, min_dates=3)
     (outcome,) = building.build_cubes(job, [site], [2020])
     assert (outcome.state, outcome.scenes, outcome.days) == ("built", 3, 3), outcome.message
     marker = cube.read_markers(job.store, "pit")[2020]
@@ -93,9 +94,9 @@ def blob(store, tmp_path):
     return path
 
 
-def test_dates_are_counted_again_once_scenes_are_left_out(archive, make, site, tmp_path):
+def test_dates_are_counted_again_once_scenes_are_left_out(archive, site, tmp_path):
     dates = {date: shifted for date, shifted in DATES.items() if date != "2020-08-01"}
-    job = job_of(listed(archive, make, dates), tmp_path, min_dates=3)
+    job = job_of(listed(archive, dates), tmp_path, min_dates=3)
     (outcome,) = building.build_cubes(job, [site], [2020])
     assert outcome.state == "failed"
     assert outcome.message.startswith("2 dates of 2020 are left, and recipe 'small' needs 3")

@@ -15,6 +15,7 @@ import pytest
 import xarray as xr
 from click.testing import CliRunner
 
+from known_scenes import site_of
 from minecube import cube, models
 from minecube.catalog import Recipe
 from minecube.cli import cli
@@ -32,8 +33,8 @@ def store(tmp_path):
 
 
 @pytest.fixture
-def site(make):
-    return make.site("pit", 360000, 5600040, 72, 66)
+def site():
+    return site_of("pit", 360000, 5600040, 72, 66)
 
 
 def pixels_of(year):

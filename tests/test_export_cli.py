@@ -28,6 +28,7 @@ import xarray as xr
 import zarr
 from click.testing import CliRunner
 
+from known_scenes import site_of
 from minecube import codes, cube
 from minecube.catalog import load_recipes
 from minecube.cli import cli
@@ -91,13 +92,13 @@ def build(store, site, year, seed=0, scene="S2A", overwrite=False):
 
 
 @pytest.fixture(scope="module")
-def pit(make):
-    return make.site("pit", 360000, 5600040, 300, 270)
+def pit():
+    return site_of("pit", 360000, 5600040, 300, 270)
 
 
 @pytest.fixture(scope="module")
-def hole(make):
-    return make.site("hole", 420000, 5600040, 60, 60)
+def hole():
+    return site_of("hole", 420000, 5600040, 60, 60)
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def test_sites_without_a_grid():
         grid_of(Site(id="s", geometry=unary_union([box(10, 84.9, 11, 85.1)])))
 
 
-def test_the_zone_inside_of_which_a_site_lies_is_the_one_that_proj_names(make):
+def test_the_zone_inside_of_which_a_site_lies_is_the_one_that_proj_names():
     """At random places, and close to borders, the equator and Norway's and Svalbard's exceptions, which EPSG's zones lack."""
     rng = np.random.default_rng(0)
     places = [*zip(rng.uniform(-179, 179, 12), rng.uniform(-79, 83, 12), strict=True)]

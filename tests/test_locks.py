@@ -18,6 +18,7 @@ import pytest
 import zarr
 from obstore.store import from_url
 
+from known_scenes import site_of
 from minecube import cube
 from minecube.cube import locks
 from minecube.errors import BusyError
@@ -213,7 +214,7 @@ def test_of_many_takers_one_wins(bucket, quick):
         leases[0].objects.put(leases[0].key, b"", mode="create")
 
 
-def test_a_run_that_was_suspended_past_its_lease_commits_nothing(bucket, make, monkeypatch):
+def test_a_run_that_was_suspended_past_its_lease_commits_nothing(bucket, monkeypatch):
     """A laptop sleeps in the middle of a build, another run takes over and commits, and the first one wakes."""
     spec = importlib.util.spec_from_file_location(
         "opening", Path(__file__).with_name("test_opening.py")
@@ -223,7 +224,7 @@ def test_a_run_that_was_suspended_past_its_lease_commits_nothing(bucket, make, m
     monkeypatch.setattr(locks, "LEASE_S", 0.6)
     monkeypatch.setattr(locks, "RENEW_S", 60.0)  # no renewal while it sleeps
     store = cube.Store(f"{bucket}/cubes.zarr")
-    site = make.site("pit", 360000, 5600040, 90, 90)
+    site = site_of("pit", 360000, 5600040, 90, 90)
     cube.create_site(store, site, test_opening.grid_of(site), (2020,), test_opening.RECIPE)
     slept = []
 

@@ -13,6 +13,7 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
+from known_scenes import grid_at, unique_pixels, write_tif
 from minecube import network
 from minecube.network import ForbiddenError, check_address, check_href, check_redirect
 
@@ -93,7 +94,7 @@ def test_local_names_that_look_like_gdals_are_allowed(path):
     check_href(f"file://{path}", "")
 
 
-def test_the_virtual_file_systems_of_this_gdal_are_known(tmp_path, make):
+def test_the_virtual_file_systems_of_this_gdal_are_known(tmp_path):
     """GDAL lists them, with those that rasterio adds. A name that the list here lacks would be allowed."""
     libraries = list((Path(rasterio.__file__).parents[1] / "rasterio.libs").glob("libgdal*"))
     if not libraries:
@@ -102,7 +103,7 @@ def test_the_virtual_file_systems_of_this_gdal_are_known(tmp_path, make):
         )
     prefixes = ctypes.CDLL(str(libraries[0])).VSIGetFileSystemsPrefixes
     prefixes.restype = ctypes.POINTER(ctypes.c_char_p)
-    path = make.tif(tmp_path / "a.tif", make.unique(4, 4), make.grid(0, 0, 4, 4))
+    path = write_tif(tmp_path / "a.tif", unique_pixels(4, 4), grid_at(0, 0, 4, 4))
     with path.open("rb") as file, rasterio.open(file), rasterio.open(str(path), opener=open):
         names = [name.decode() for name in itertools.takewhile(bool, prefixes())]
     assert "/vsicurl/" in names

@@ -11,6 +11,7 @@ import pytest
 import rasterio
 import xarray as xr
 
+from known_scenes import grid_at, site_of, write_tif
 from minecube import scenes
 from minecube.catalog import load_recipes, load_sources
 from minecube.errors import SceneError
@@ -374,8 +375,8 @@ def test_bands_that_there_are(place, archive):
 
 
 @pytest.mark.parametrize("side", [30, 60, 384, 1500, 11000])
-def test_large_places_are_seen_coarsely(side, make):
-    fine = make.grid(360000, 5600040, side, side // 2)
+def test_large_places_are_seen_coarsely(side):
+    fine = grid_at(360000, 5600040, side, side // 2)
     coarse = coarsen_grid(fine)
     assert coarse.resolution.x % 20 == 0
     assert np.prod(coarse.shape) < 42_000
@@ -426,7 +427,7 @@ def test_policies(three, caplog):
     ]
 
 
-def test_real_dates_of_april_2023(real_data, tmp_path, make):
+def test_real_dates_of_april_2023(real_data, tmp_path):
     """Twelve dates without offset, of which some are clear: none is accused, and those that are made wrong are found."""
     with xr.open_dataset(
         real_data / "gfmap_s2l2a" / "cdse_sentinel2_l2a.nc", mask_and_scale=False
@@ -437,7 +438,7 @@ def test_real_dates_of_april_2023(real_data, tmp_path, make):
         days = data.t.values.astype("datetime64[D]").astype(str)
         left, top = float(data.x[0]) - 5, float(data.y[0]) + 5
     arrays = {b: np.where(a == 65535, 0, a) for b, a in arrays.items()}
-    grid = make.grid(left, top, 64, 66, 32631)
+    grid = grid_at(left, top, 64, 66, 32631)
     clear = np.isin(arrays["SCL"], (2, 4, 5, 6)).mean(axis=(1, 2))
     clearest = [int(n) for n in np.argsort(-clear)[:2]]
 
@@ -448,7 +449,7 @@ def test_real_dates_of_april_2023(real_data, tmp_path, make):
             assets = {
                 b: pystac.Asset(
                     str(
-                        make.tif(
+                        write_tif(
                             folder / day / f"{b}.tif",
                             np.where(a[n], a[n] + on_top * (b != "SCL"), 0).astype("u2"),
                             grid,
@@ -560,9 +561,9 @@ def test_bands_without_blue_or_red_give_no_answer(bands):
 
 
 @pytest.mark.slow
-def test_simulated_years(tmp_path, make):
+def test_simulated_years(tmp_path):
     """Of the scenes that a recipe uses all wrong ones are accused and no right one; of all scenes no right one."""
-    sites = [make.site("a", 360000, 5600040, 120, 120), make.site("b", 420000, 5640000, 120, 120)]
+    sites = [site_of("a", 360000, 5600040, 120, 120), site_of("b", 420000, 5640000, 120, 120)]
     world = World(
         years=(2023,), styles=("earth-search",), wrong_flags=0.2, seed=4, dates_per_year=18
     )

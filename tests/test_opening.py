@@ -18,6 +18,7 @@ import xarray as xr
 import zarr
 
 import minecube
+from known_scenes import site_of
 from minecube import cube
 from minecube.catalog import Recipe
 from minecube.errors import CubeError
@@ -27,8 +28,8 @@ RECIPE = Recipe(id="small", title="t", bands=("B04", "B08"), block_px=64, chunk_
 
 
 @pytest.fixture
-def site(make):
-    return make.site("pit", 360000, 5600040, 90, 90)
+def site():
+    return site_of("pit", 360000, 5600040, 90, 90)
 
 
 @pytest.fixture
@@ -119,9 +120,9 @@ def test_a_reader_during_overwrite_never_sees_a_mixture(store, site, tmp_path):
     script = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import conftest, test_opening
+        import known_scenes, test_opening
         from minecube import cube
-        site = conftest.site_of("pit", 360000, 5600040, 90, 90)
+        site = known_scenes.site_of("pit", 360000, 5600040, 90, 90)
         store = cube.Store({str(store)!r})
         for n in range(1_000):
             test_opening.build(store, site, 2020, (4000, 2000)[n % 2], overwrite=True)

@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as having
 from hypothesis import strategies as st
 
+from known_scenes import site_of
 from minecube import cube
 from minecube.catalog import Recipe
 from minecube.cli import cli
@@ -104,11 +105,11 @@ def scenes():
 
 
 @pytest.fixture(scope="module")
-def sites(make):
+def sites():
     return {
-        "pit": make.site("pit", 360000, 5600040, 180, 120),
-        "pond": make.site("pond", 370020, 5600040, 60, 60),
-        "plan": make.site("plan", 380040, 5600040, 60, 60),
+        "pit": site_of("pit", 360000, 5600040, 180, 120),
+        "pond": site_of("pond", 370020, 5600040, 60, 60),
+        "plan": site_of("plan", 380040, 5600040, 60, 60),
     }
 
 

@@ -13,6 +13,7 @@ import pystac
 import pytest
 import requests
 
+from known_scenes import site_of
 from minecube import scenes
 from minecube.catalog import Site, load_sources
 from minecube.errors import SceneError
@@ -101,8 +102,8 @@ def source(api):
 
 
 @pytest.fixture
-def allgaeu(make):
-    return Site(id="Allgaeu", geometry=make.site("x", 600000, 5280000, 400, 400, 32632).geometry)
+def allgaeu():
+    return Site(id="Allgaeu", geometry=site_of("x", 600000, 5280000, 400, 400, 32632).geometry)
 
 
 def search(*args):
@@ -110,8 +111,8 @@ def search(*args):
 
 
 @pytest.mark.parametrize(("corner", "expected"), EXPECTED.items(), ids=["four tiles", "one tile"])
-def test_the_recorded_items_come_back_once_each(corner, expected, recorded, source, make):
-    listed = search(make.site("place", *corner, 300, 300, 32632), 2020, source)
+def test_the_recorded_items_come_back_once_each(corner, expected, recorded, source):
+    listed = search(site_of("place", *corner, 300, 300, 32632), 2020, source)
     assert [s.id for s in listed] == expected
     for scene in listed:
         item, p = recorded[scene.id], scene.properties

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from known_scenes import grid_at
 from minecube.catalog import Recipe, Registration
 from minecube.composite import composite, plan
 from minecube.composite import registration as registering
@@ -24,8 +25,8 @@ RECIPE = Recipe(id="r", title="t", bands=("B04", "B11"), block_px=120, chunk_px=
 
 
 @pytest.fixture
-def listed(archive, make):
-    grid, rng = make.grid(LEFT, TOP, 240, 180), np.random.default_rng(0)
+def listed(archive):
+    grid, rng = grid_at(LEFT, TOP, 240, 180), np.random.default_rng(0)
     return [
         archive.scene(
             f"2020-07-{day:02d}T10:00:00",
@@ -45,9 +46,9 @@ def test_reads_are_those_that_are_made(listed, site):
     assert planned.scenes == 3
 
 
-def test_scenes_elsewhere_are_not_planned(listed, site, archive, make):
+def test_scenes_elsewhere_are_not_planned(listed, site, archive):
     far = archive.scene(
-        "2020-07-21T10:00:00", make.grid(LEFT + 50000, TOP, 240, 180), {"B04": 1, "B11": 1}
+        "2020-07-21T10:00:00", grid_at(LEFT + 50000, TOP, 240, 180), {"B04": 1, "B11": 1}
     )
     assert (
         plan.estimate([*listed, far], grid_of(site), RECIPE).reads

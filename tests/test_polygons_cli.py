@@ -13,6 +13,7 @@ import shapely
 import zarr
 from click.testing import CliRunner
 
+from known_scenes import site_of
 from minecube import cube
 from minecube.catalog import load_recipes, load_sites
 from minecube.cli import COMMANDS, cli
@@ -46,10 +47,10 @@ def run(*arguments, ok=0):
 
 
 @pytest.fixture
-def store(tmp_path, make):
+def store(tmp_path):
     """Two sites and two years, without pixels."""
     for name, x in PLACES.items():
-        site = make.site(name, LEFT + x, TOP, 60, 60)
+        site = site_of(name, LEFT + x, TOP, 60, 60)
         cube.create_site(
             cube.Store(tmp_path / "cubes.zarr"),
             site,
@@ -61,9 +62,9 @@ def store(tmp_path, make):
 
 
 @pytest.fixture
-def sites(tmp_path, make):
+def sites(tmp_path):
     """The same two sites as a file."""
-    places = [make.site(name, LEFT + x, TOP, 60, 60).geometry for name, x in PLACES.items()]
+    places = [site_of(name, LEFT + x, TOP, 60, 60).geometry for name, x in PLACES.items()]
     gpd.GeoDataFrame({"id": list(PLACES)}, geometry=places, crs=4326).to_file(
         tmp_path / "sites.geojson"
     )
@@ -113,11 +114,11 @@ def test_layers_are_named_and_chosen(store, sites, tmp_path):
     assert "expected a layer 'mines_2020', found mines_2019" in err
 
 
-def test_layers_of_sites_and_of_a_second_file(tmp_path, make):
+def test_layers_of_sites_and_of_a_second_file(tmp_path):
     path = tmp_path / "all.gpkg"
     for name, x in PLACES.items():
         rows = gpd.GeoDataFrame(
-            {"id": [name]}, geometry=[make.site(name, LEFT + x, TOP, 60, 60).geometry], crs=4326
+            {"id": [name]}, geometry=[site_of(name, LEFT + x, TOP, 60, 60).geometry], crs=4326
         )
         rows.to_file(path, layer=f"area_{name}", mode="a" if path.exists() else "w")
     table(A, B).to_file(path, layer="one", mode="a")
@@ -350,8 +351,8 @@ def test_sites_are_matched_alike_by_both_commands(store, sites, tmp_path):
     assert "nothing to repair" in out
 
 
-def test_a_site_that_may_be_two_is_refused(store, tmp_path, make):
-    site = make.site("big-pit", LEFT + 3000, TOP, 60, 60)
+def test_a_site_that_may_be_two_is_refused(store, tmp_path):
+    site = site_of("big-pit", LEFT + 3000, TOP, 60, 60)
     cube.create_site(
         cube.Store(store), site, grid_of(site), [2019], load_recipes()["annual-median"]
     )
@@ -360,8 +361,8 @@ def test_a_site_that_may_be_two_is_refused(store, tmp_path, make):
     assert "site 'BIG PIT' may be Big_Pit or big-pit; spell it as one of them" in err
 
 
-def test_numbers_with_a_gap_name_the_same_sites(tmp_path, make):
-    places = [make.site("x", LEFT + x, TOP, 60, 60).geometry for x in PLACES.values()]
+def test_numbers_with_a_gap_name_the_same_sites(tmp_path):
+    places = [site_of("x", LEFT + x, TOP, 60, 60).geometry for x in PLACES.values()]
     path = written(
         tmp_path, gpd.GeoDataFrame({"id": [7.0, 8.0]}, geometry=places, crs=4326), "numbers.gpkg"
     )
@@ -475,8 +476,8 @@ def test_a_column_of_mappers_is_found_in_any_case(tmp_path):
     assert "has no column 'mapper' that says who mapped a row; its columns are SOURCE" in err
 
 
-def test_names_become_ids_of_groups_and_titles(tmp_path, make):
-    site = make.site("x", LEFT, TOP, 60, 60).geometry
+def test_names_become_ids_of_groups_and_titles(tmp_path):
+    site = site_of("x", LEFT, TOP, 60, 60).geometry
     rows = gpd.GeoDataFrame(
         {"id": ["way/10001"], "name": ["Kamieniołom Górny"]}, geometry=[site], crs=4326
     )
@@ -488,8 +489,8 @@ def test_names_become_ids_of_groups_and_titles(tmp_path, make):
     assert "title" not in run("sites", "--sites", "demo_1")[0]
 
 
-def test_a_group_keeps_the_title(tmp_path, make):
-    site = make.site("x", LEFT, TOP, 60, 60)
+def test_a_group_keeps_the_title(tmp_path):
+    site = site_of("x", LEFT, TOP, 60, 60)
     titled = type(site)(id="way_1", title="Kamieniołom Górny", geometry=site.geometry)
     cube.create_site(
         cube.Store(tmp_path / "c.zarr"),

@@ -18,6 +18,7 @@ import zarr
 from click.testing import CliRunner
 from zarr.core.attributes import Attributes
 
+from known_scenes import site_of
 from minecube import cube
 from minecube.catalog import BANDS, ModelCard, Recipe
 from minecube.cli import cli
@@ -31,8 +32,8 @@ NET = {"id": "net", "weights_sha256": "a"}
 
 
 @pytest.fixture
-def site(make):
-    return make.site("pit", 360000, 5600040, 90, 150)
+def site():
+    return site_of("pit", 360000, 5600040, 90, 150)
 
 
 @pytest.fixture
@@ -779,8 +780,8 @@ def test_nothing_is_touched_where_the_model_does_not_fit(store, tmp_path):
     assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "cubes.zarr").rglob("*")) == before
 
 
-def test_sites_without_a_committed_year_are_not_mapped(store, tmp_path, make):
-    other = make.site("quarry", 380000, 5600040, 90, 90)
+def test_sites_without_a_committed_year_are_not_mapped(store, tmp_path):
+    other = site_of("quarry", 380000, 5600040, 90, 90)
     cube.create_site(store, other, grid_of(other), (2019,), RECIPE)
     model_file(tmp_path / "m.pt")
     out, err = run("predict", "--store", str(store), "--model", tmp_path / "m.pt", ok=1)
@@ -792,13 +793,13 @@ def test_sites_without_a_committed_year_are_not_mapped(store, tmp_path, make):
     assert "no committed year in quarry" in err
 
 
-def test_sites_of_a_store_are_named_by_the_file_they_were_built_of(store, site, tmp_path, make):
+def test_sites_of_a_store_are_named_by_the_file_they_were_built_of(store, site, tmp_path):
     model_file(tmp_path / "m.pt")
-    other = make.site("quarry", 380000, 5600040, 90, 90)
+    other = site_of("quarry", 380000, 5600040, 90, 90)
     cube.create_site(store, other, grid_of(other), (2019,), RECIPE)
     for name, sites in (
         ("one", [site]),
-        ("both", [site, make.site("dump", 390000, 5600040, 90, 90)]),
+        ("both", [site, site_of("dump", 390000, 5600040, 90, 90)]),
     ):
         table = gpd.GeoDataFrame(
             {"id": [s.id for s in sites]}, geometry=[s.geometry for s in sites], crs=4326

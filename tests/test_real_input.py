@@ -16,6 +16,7 @@ import yaml
 from click.testing import CliRunner
 from shapely.geometry import box
 
+from known_scenes import grid_at, to_lonlat, write_tif
 from minecube.catalog import BANDS
 from minecube.cli import cli
 
@@ -76,7 +77,7 @@ def composite_by_numpy(stack, scl):
 
 
 @pytest.fixture(scope="module")
-def april(real_data, tmp_path_factory, make):
+def april(real_data, tmp_path_factory):
     """openEO's NetCDF of April 2023 as items: twelve dates of which two are clear; all bands at 10 m, SCL too."""
     folder = tmp_path_factory.mktemp("april")
     with xr.open_dataset(
@@ -94,13 +95,13 @@ def april(real_data, tmp_path_factory, make):
     assert epsg == 32631
     # The file has no B02: the other blue band takes its place.
     arrays = {b: np.where(a == 65535, 0, a) for b, a in (arrays | {"B02": blue}).items()}
-    grid = make.grid(left, top, 64, 66, epsg)
+    grid = grid_at(left, top, 64, 66, epsg)
     items = []
     for t, day in enumerate(times):
         stamp = day.replace("-", "") + "T105031"
         assets = {}
         for band, pixels in arrays.items():
-            path = make.tif(
+            path = write_tif(
                 folder / day / f"{band}.tif",
                 pixels[t],
                 grid,
@@ -113,8 +114,8 @@ def april(real_data, tmp_path_factory, make):
         items.append(
             pystac.Item(
                 id=f"gfmap_{day}",
-                geometry=make.lonlat(box(*grid.boundingbox), epsg).__geo_interface__,
-                bbox=list(make.lonlat(box(*grid.boundingbox), epsg).bounds),
+                geometry=to_lonlat(box(*grid.boundingbox), epsg).__geo_interface__,
+                bbox=list(to_lonlat(box(*grid.boundingbox), epsg).bounds),
                 datetime=np.datetime64(f"{day}T10:50:31").astype(object),
                 properties={
                     "proj:code": f"EPSG:{epsg}",

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from known_scenes import unique_pixels
 from minecube.catalog import BestPixel
 from minecube.composite import reducers
 from minecube.composite.ranks import lower_quartile
@@ -368,8 +369,8 @@ def test_nothing_of_no_days(geomedian):
     assert np.isnan(made.emad).all()
 
 
-def test_the_day_that_was_chosen_is_taken(make):
-    observed = make.unique(5 * 4, 6).reshape(5, 4, 6)
+def test_the_day_that_was_chosen_is_taken():
+    observed = unique_pixels(5 * 4, 6).reshape(5, 4, 6)
     index = np.random.default_rng(0).integers(-1, 5, (4, 6)).astype(np.int16)
     made = reducers.take_day(observed, index)
     assert made.dtype == np.uint16

@@ -17,6 +17,7 @@ from rasterio.enums import Resampling
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from known_scenes import grid_at
 from minecube.catalog import Registration
 from minecube.composite import registration
 from minecube.composite.registration import (
@@ -437,8 +438,8 @@ def test_a_read_that_fails(archive, tmp_path):
     assert ledger.totals()["lost"] == 1
 
 
-def test_of_a_large_site_only_the_middle_is_read(make):
-    small, large = make.grid(LEFT, TOP, 480, 120), make.grid(LEFT, TOP, 3000, 600)
+def test_of_a_large_site_only_the_middle_is_read():
+    small, large = grid_at(LEFT, TOP, 480, 120), grid_at(LEFT, TOP, 3000, 600)
     assert registration._crop_to_middle(small) == small
     middle = registration._crop_to_middle(large)
     assert middle.shape == (510, 510)

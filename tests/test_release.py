@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from rasterio import features
 from rasterio.errors import NotGeoreferencedWarning
 
+from known_scenes import serve
 from minecube import release
 from minecube.catalog import BANDS, Release, Site, load_releases, load_sites
 from minecube.cli import cli
@@ -152,7 +153,7 @@ def test_changes_are_counted_between_all_years(whole, tmp_path):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_few_bytes_are_asked_for(make, tmp_path, packed):
+def test_few_bytes_are_asked_for(tmp_path, packed):
     """Of the release's own size, images would be 14 MB; here they are 1.8 MB, so that headers weigh eight times as much."""
     path = tmp_path / "served" / "EuroMineNet.zip"
     path.parent.mkdir()
@@ -161,7 +162,7 @@ def test_few_bytes_are_asked_for(make, tmp_path, packed):
     )
     with zipfile.ZipFile(path) as content:
         labels = sum(m.compress_size for m in content.infolist() if "/label/" in m.filename)
-    with make.served(path.parent) as url:
+    with serve(path.parent) as url:
         archive = release.Archive(f"{url}/EuroMineNet.zip")
         made = release.import_release(archive, tmp_path / "made", KNOWN, SPLIT)
         with urllib.request.urlopen(f"{url}/counts") as answer:
@@ -174,13 +175,13 @@ def test_few_bytes_are_asked_for(make, tmp_path, packed):
     )  # the directory; labels, which lie apart here; two or three a header
 
 
-def test_labels_side_by_side_are_one_request(make, whole, tmp_path):
+def test_labels_side_by_side_are_one_request(whole, tmp_path):
     def by_kind(members):
         for name in sorted(members, key=lambda n: "/label/" in n):
             members[name] = members.pop(name)
 
     changed(whole[0], tmp_path / "sorted.zip", by_kind)
-    with make.served(tmp_path) as url:
+    with serve(tmp_path) as url:
         archive = release.Archive(f"{url}/sorted.zip")
         before = archive.bytes.tally.requests
         names = [n for n in archive.names() if "/label/" in n]
@@ -620,9 +621,9 @@ def test_a_catalogue_of_the_users_is_not_overwritten(whole, tmp_path):
     assert (tmp_path / "mine" / "sites.geojson").read_text() == "precious"
 
 
-def test_nothing_is_downloaded_into_a_catalogue_of_the_users(make, whole, tmp_path):
+def test_nothing_is_downloaded_into_a_catalogue_of_the_users(whole, tmp_path):
     (tmp_path / "sites.geojson").write_text("precious")
-    with make.served(whole[0].parent) as url:
+    with serve(whole[0].parent) as url:
         asked = [
             "release",
             "import",
@@ -668,8 +669,8 @@ def test_the_published_split_is_the_catalogues():
     }
 
 
-def test_a_server_without_ranges_needs_a_download(make, whole, tmp_path):
-    with make.served(whole[0].parent, "--no-ranges") as url:
+def test_a_server_without_ranges_needs_a_download(whole, tmp_path):
+    with serve(whole[0].parent, "--no-ranges") as url:
         asked = ["release", "import", f"{url}/EuroMineNet.zip", "--out", str(tmp_path / "made")]
         refused = CliRunner().invoke(cli, asked)
         assert refused.exit_code == 2
@@ -683,9 +684,9 @@ def test_a_server_without_ranges_needs_a_download(make, whole, tmp_path):
         np.testing.assert_array_equal(drawn(made, site, year), mask)
 
 
-def test_a_download_that_stops_short_is_none(make, whole, tmp_path):
+def test_a_download_that_stops_short_is_none(whole, tmp_path):
     with (
-        make.served(whole[0].parent, "--truncate", 1) as url,
+        serve(whole[0].parent, "--truncate", 1) as url,
         pytest.raises(ReleaseError, match="cannot be downloaded"),
     ):
         release.download(f"{url}/EuroMineNet.zip", tmp_path / "made")

@@ -32,6 +32,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rasterio.enums import Resampling
 
+from known_scenes import grid_at, serve, unique_pixels, write_tif
 from minecube import images, network, scenes
 from minecube.catalog import Access, Recipe
 from minecube.composite import composite
@@ -50,11 +51,6 @@ from minecube.reader.remote import HEAD_BYTES, Remote, Tally
 from minecube.reader.signing import bucket_of
 
 LEFT, TOP = 360000, 5600040
-
-
-@pytest.fixture(scope="session")
-def served(make):
-    return make.served
 
 
 def counts(url):
@@ -165,10 +161,10 @@ def running(handler):
 
 
 @pytest.fixture
-def band(tmp_path, make):
+def band(tmp_path):
     """A tiled file of 700 x 600 pixels no two of which are alike, its grid and pixels."""
     grid, pixels = (
-        make.grid(LEFT, TOP, 700, 600),
+        grid_at(LEFT, TOP, 700, 600),
         np.random.default_rng(0).integers(1, 9000, (600, 700)).astype(np.uint16),
     )
     as_cog = {
@@ -179,7 +175,7 @@ def band(tmp_path, make):
         "blockxsize": None,
         "blockysize": None,
     }
-    make.tif(tmp_path / "files" / "B04.tif", pixels, grid, **as_cog)
+    write_tif(tmp_path / "files" / "B04.tif", pixels, grid, **as_cog)
     return tmp_path / "files", grid, pixels
 
 
@@ -215,22 +211,20 @@ def test_any_reads_of_a_remote_file_are_its_bytes(data, flaky_bytes):
 
 
 @pytest.fixture(scope="module")
-def flaky_bytes(tmp_path_factory, served):
+def flaky_bytes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flaky")
     content = np.random.default_rng(1).bytes(300_001)
     (folder / "x.bin").write_bytes(content)
-    with served(
-        folder, "--fail", 0.33, "--truncate", 0.1, "--stall", 0.02, "--stall-s", 0.1
-    ) as url:
+    with serve(folder, "--fail", 0.33, "--truncate", 0.1, "--stall", 0.02, "--stall-s", 0.1) as url:
         yield f"{url}/x.bin", content, Remote(Access())
         assert counts(url)["failed"] > 20
         assert counts(url)["truncated"] > 5
 
 
-def test_a_window_from_a_server_in_trouble(band, served):
+def test_a_window_from_a_server_in_trouble(band):
     """503 one time in three, truncated one time in twenty, stalled longer than a try waits: the same pixels, all counted."""
     folder, grid, pixels = band
-    with served(folder, "--fail", 0.333, "--truncate", 0.2, "--stall", 0.02, "--stall-s", 4) as url:
+    with serve(folder, "--fail", 0.333, "--truncate", 0.2, "--stall", 0.02, "--stall-s", 4) as url:
         tallies = []
         for y in range(0, 600, 60):
             tallies.append(Tally())
@@ -244,9 +238,9 @@ def test_a_window_from_a_server_in_trouble(band, served):
 
 
 @pytest.mark.parametrize(("status", "tries"), [(404, 1), (410, 1), (403, 1), (501, 1)])
-def test_what_is_final_is_not_asked_twice(band, status, tries, served):
+def test_what_is_final_is_not_asked_twice(band, status, tries):
     folder, grid, _ = band
-    with served(folder, "--fail", 1, "--status", status) as url:
+    with serve(folder, "--fail", 1, "--status", status) as url:
         with pytest.raises(
             ReadError, match=rf"B04\.tif: cannot be read \(HTTP {status}.*not written"
         ):
@@ -257,14 +251,12 @@ def test_what_is_final_is_not_asked_twice(band, status, tries, served):
 @pytest.mark.parametrize(
     ("status", "gone"), [(403, True), (404, True), (410, True), (401, False), (501, False)]
 )
-def test_files_that_are_gone_for_good_are_told_from_others(
-    band, archive, make, status, gone, served
-):
+def test_files_that_are_gone_for_good_are_told_from_others(band, archive, status, gone):
     """Another source may have a copy of what is gone; a server in trouble may come back."""
     folder, grid, _ = band
-    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    scene = archive.scene("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     assert find_missing(scene, ["SCL", "B04", "B11"]) == ""
-    with served(folder, "--fail", 1, "--status", status) as url:
+    with serve(folder, "--fail", 1, "--status", status) as url:
         with pytest.raises(LostReadError, match=rf"HTTP {status}") as caught:
             read(f"{url}/B04.tif", grid)
         assert isinstance(caught.value, UnusableFileError) is gone
@@ -281,10 +273,10 @@ def test_files_that_are_gone_for_good_are_told_from_others(
 
 
 @pytest.mark.parametrize("status", [401, 403, 409])
-def test_a_refusal_names_the_setting_that_would_sign(band, status, served):
+def test_a_refusal_names_the_setting_that_would_sign(band, status):
     folder, grid, _ = band
     hint = "list the host or bucket in credentials_for"
-    with served(folder, "--fail", 1, "--status", status) as url:
+    with serve(folder, "--fail", 1, "--status", status) as url:
         signing = Access(kind="s3", href=url, credentials_for=("ours",))
         with pytest.raises(ReadError, match=rf"HTTP {status}.*; {hint} of its source"):
             read("s3://files/B04.tif", grid, access=signing)
@@ -298,10 +290,10 @@ def test_a_refusal_names_the_setting_that_would_sign(band, status, served):
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
-def test_what_passes_is_tried_until_patience_ends(band, status, monkeypatch, served):
+def test_what_passes_is_tried_until_patience_ends(band, status, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE_S", 1.0)
     folder, grid, _ = band
-    with served(folder, "--fail", 1, "--status", status) as url:
+    with serve(folder, "--fail", 1, "--status", status) as url:
         with pytest.raises(ReadError, match=rf"HTTP {status}, after \d+ tries in \d+ s"):
             read(f"{url}/B04.tif", grid)
         assert counts(url)["requests"] >= 4
@@ -311,12 +303,12 @@ REFUSED = r"127\.0\.0\.1:1 cannot be reached \(Connection refused\): check the a
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_server_that_is_not_there_is_tried_once_a_run(make, clock, monkeypatch, share):
+def test_a_server_that_is_not_there_is_tried_once_a_run(clock, monkeypatch, share):
     """Whatever share of its longest each pause is drawn as."""
     monkeypatch.setattr(
         module.random, "uniform", lambda low, high: max(0.01, low + share * (high - low))
     )
-    grid, start = make.grid(LEFT, TOP, 10, 10), clock.now
+    grid, start = grid_at(LEFT, TOP, 10, 10), clock.now
     first, second, third = Tally(), Tally(), Tally()
     with pytest.raises(
         ReadError, match=rf"^http://127\.0\.0\.1:1/B04\.tif: cannot be read \({REFUSED}\)"
@@ -357,11 +349,11 @@ def test_a_server_that_restarts_is_waited_for(band):
         starting.result().server_close()
 
 
-def test_a_host_name_that_is_not_found(make):
+def test_a_host_name_that_is_not_found():
     with pytest.raises(
         ReadError, match=r"the host name nowhere\.invalid is not found: check its spelling, and"
     ):
-        read("http://nowhere.invalid/B04.tif", make.grid(LEFT, TOP, 10, 10))
+        read("http://nowhere.invalid/B04.tif", grid_at(LEFT, TOP, 10, 10))
 
 
 def test_a_server_that_drips_is_given_up(band, monkeypatch):
@@ -376,50 +368,50 @@ def test_a_server_that_drips_is_given_up(band, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [200, 206, 404])
-def test_an_answer_without_end_is_not_read_to_it(band, status, make):
+def test_an_answer_without_end_is_not_read_to_it(band, status):
     """Chunked, so that its header does not say how long it is."""
     with running(functools.partial(Endless, status)) as url:
         tracemalloc.start()
         try:
             with pytest.raises(ReadError, match=r"HTTP 404|byte ranges|found another format"):
-                read(f"{url}/B04.tif", make.grid(LEFT, TOP, 10, 10))
+                read(f"{url}/B04.tif", grid_at(LEFT, TOP, 10, 10))
             assert tracemalloc.get_traced_memory()[1] < 10e6
         finally:
             tracemalloc.stop()
 
 
-def test_the_server_says_when_to_come_back(band, served):
+def test_the_server_says_when_to_come_back(band):
     folder, grid, pixels = band
-    with served(folder, "--fail", 0.5, "--retry-after", 1, "--seed", 3) as url:
+    with serve(folder, "--fail", 0.5, "--retry-after", 1, "--seed", 3) as url:
         start, tally = time.monotonic(), Tally()
         np.testing.assert_array_equal(read(f"{url}/B04.tif", grid, tally=tally), pixels)
         assert tally.retried
         assert time.monotonic() - start >= tally.retried
 
 
-def test_a_server_without_ranges_is_named(band, served):
+def test_a_server_without_ranges_is_named(band):
     folder, grid, _ = band
     with (
-        served(folder, "--no-ranges") as url,
+        serve(folder, "--no-ranges") as url,
         pytest.raises(ReadError, match="does not answer byte ranges"),
     ):
         read(f"{url}/B04.tif", grid)
 
 
-def test_a_file_that_changes_is_not_read_half_old_half_new(band, make, served):
+def test_a_file_that_changes_is_not_read_half_old_half_new(band):
     folder, grid, pixels = band
-    with served(folder) as url:
+    with serve(folder) as url:
         np.testing.assert_array_equal(read(f"{url}/B04.tif", grid[:60, :60]), pixels[:60, :60])
         changed = (pixels[::-1] // 2).astype(np.uint16)
-        make.tif(folder / "B04.tif", changed, grid)
+        write_tif(folder / "B04.tif", changed, grid)
         with pytest.raises(ReadError, match="changed while it was read"):
             read(f"{url}/B04.tif", grid[300:400, 300:400])
         np.testing.assert_array_equal(read(f"{url}/B04.tif", grid), changed)
 
 
-def test_a_header_is_asked_for_once(band, served):
+def test_a_header_is_asked_for_once(band):
     folder, grid, _ = band
-    with served(folder) as url:
+    with serve(folder) as url:
         first, second = Tally(), Tally()
         read(f"{url}/B04.tif", grid[320:380, 320:380], tally=first)
         read(f"{url}/B04.tif", grid[512:570, 320:380], tally=second)
@@ -427,10 +419,10 @@ def test_a_header_is_asked_for_once(band, served):
         assert first.bytes > HEAD_BYTES > second.bytes > 0
 
 
-def test_no_more_connections_than_allowed(band, served):
+def test_no_more_connections_than_allowed(band):
     folder, grid, pixels = band
     access = Access(connections=3)
-    with served(folder, "--delay", 0.02) as url:
+    with serve(folder, "--delay", 0.02) as url:
         with ThreadPoolExecutor(16) as threads:
             windows = [grid[y : y + 20, 100:400] for y in range(0, 600, 20)]
             got = list(threads.map(lambda w: read(f"{url}/B04.tif", w, access=access), windows))
@@ -438,11 +430,11 @@ def test_no_more_connections_than_allowed(band, served):
         assert counts(url)["peak"] == 3
 
 
-def test_tokens_that_expire_while_reading(band, caplog, capfd, served):
+def test_tokens_that_expire_while_reading(band, caplog, capfd):
     """Signed when asked, renewed before they expire or when refused; shown nowhere."""
     folder, grid, pixels = band
     caplog.set_level("DEBUG")
-    with served(folder, "--token-life", 0.5) as url:
+    with serve(folder, "--token-life", 0.5) as url:
         access = Access(
             kind="planetary-computer", href=f"{url}/token", credentials_for=("127.0.0.1",)
         )
@@ -467,9 +459,9 @@ def test_tokens_that_expire_while_reading(band, caplog, capfd, served):
     assert "sig=" not in shown
 
 
-def test_a_token_service_that_gives_none(band, served):
+def test_a_token_service_that_gives_none(band):
     folder, grid, _ = band
-    with served(folder) as url:
+    with serve(folder) as url:
         access = Access(
             kind="planetary-computer", href=f"{url}/nowhere", credentials_for=("127.0.0.1",)
         )
@@ -477,8 +469,8 @@ def test_a_token_service_that_gives_none(band, served):
             read(f"{url}/B04.tif", grid, access=access)
 
 
-def test_a_lost_read_fails_unless_the_ledger_allows_it(archive, make, site):
-    grid = make.grid(LEFT, TOP, 240, 180)
+def test_a_lost_read_fails_unless_the_ledger_allows_it(archive, site):
+    grid = grid_at(LEFT, TOP, 240, 180)
     scene = archive.scene("2020-07-05T10:00:00", grid, {"B04": 5, "B11": 6})
     Path(scene.assets["B04"].href).unlink()
     strict, lossy = Ledger(), Ledger(lossy=True)
@@ -502,9 +494,9 @@ def test_a_lost_read_fails_unless_the_ledger_allows_it(archive, make, site):
     assert "No such file" in line
 
 
-def test_what_is_lost_counts_as_not_observed(archive, make, site):
+def test_what_is_lost_counts_as_not_observed(archive, site):
     """A date of which one band is lost is as if it had not been."""
-    grid, rng = make.grid(LEFT, TOP, 240, 180), np.random.default_rng(0)
+    grid, rng = grid_at(LEFT, TOP, 240, 180), np.random.default_rng(0)
     listed = [
         archive.scene(
             f"2020-07-{day:02d}T10:00:00",
@@ -558,10 +550,10 @@ def test_bytes_of_a_local_file_are_those_of_its_tiles(band):
         assert src.block_shapes == [(64, 64)]
 
 
-def test_as_stackstacs_own_reader(band, make, served):
+def test_as_stackstacs_own_reader(band):
     """`stackstac.stack(reader=)` by a user, on plain items."""
     folder, grid, pixels = band
-    with served(folder) as url:
+    with serve(folder) as url:
         item = {
             "id": "x",
             "properties": {
@@ -591,10 +583,10 @@ def test_as_stackstacs_own_reader(band, make, served):
 
 
 @pytest.fixture
-def jp2(tmp_path, make):
+def jp2(tmp_path):
     """Lossless JPEG 2000 of several tiles, as the products have it."""
     grid, pixels = (
-        make.grid(LEFT, TOP, 700, 600),
+        grid_at(LEFT, TOP, 700, 600),
         np.random.default_rng(0).integers(1, 4000, (600, 700)).astype(np.uint16),
     )
     path = tmp_path / "files" / "B04.jp2"
@@ -621,12 +613,12 @@ def jp2(tmp_path, make):
     return path, grid, pixels
 
 
-def test_jpeg_2000_here_and_from_a_server_in_trouble(jp2, monkeypatch, served):
+def test_jpeg_2000_here_and_from_a_server_in_trouble(jp2, monkeypatch):
     """Also where the user has told GDAL to use threads, which would read past Python's files without an error."""
     monkeypatch.setenv("GDAL_NUM_THREADS", "ALL_CPUS")
     path, grid, pixels = jp2
     np.testing.assert_array_equal(read(str(path), grid[100:300, 200:500]), pixels[100:300, 200:500])
-    with served(path.parent, "--fail", 0.3, "--truncate", 0.1) as url:
+    with serve(path.parent, "--fail", 0.3, "--truncate", 0.1) as url:
         np.testing.assert_array_equal(
             read(f"{url}/B04.jp2", grid[100:300, 200:500]), pixels[100:300, 200:500]
         )
@@ -668,9 +660,9 @@ def test_files_in_s3(s3, jp2, band):
     assert "ignature" not in str(caught.value)
 
 
-def test_public_objects_are_asked_for_without_a_signature(band, served):
+def test_public_objects_are_asked_for_without_a_signature(band):
     folder, grid, pixels = band
-    with served(folder.parent) as url:
+    with serve(folder.parent) as url:
         access = Access(kind="s3", href=url, anonymous=True)
         np.testing.assert_array_equal(read("s3://files/B04.tif", grid, access=access), pixels)
 
@@ -730,54 +722,54 @@ def test_a_source_without_keys(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["tif", "jp2"])
-def test_bytes_that_do_not_come_are_no_pixels(tmp_path, make, jp2, kind, served):
+def test_bytes_that_do_not_come_are_no_pixels(tmp_path, jp2, kind):
     """Uncompressed, where zeros in place of bytes would pass for data; and JPEG 2000, where they decode to anything."""
     path, grid, pixels = jp2
     if kind == "tif":
-        path = make.tif(path.with_suffix(".tif"), pixels, grid, compress=None)
-    with served(path.parent, "--only-before", 20000) as url:
+        path = write_tif(path.with_suffix(".tif"), pixels, grid, compress=None)
+    with serve(path.parent, "--only-before", 20000) as url:
         with pytest.raises(ReadError, match="HTTP 404"):
             read(f"{url}/{path.name}", grid[300:400, 300:400])
         with pytest.raises(ReadError, match="HTTP 404"):  # warped, too
-            read(f"{url}/{path.name}", make.grid(LEFT + 3005, TOP - 3000, 100, 100))
-    with served(path.parent) as url:
+            read(f"{url}/{path.name}", grid_at(LEFT + 3005, TOP - 3000, 100, 100))
+    with serve(path.parent) as url:
         np.testing.assert_array_equal(read(f"{url}/{path.name}", grid), pixels)
 
 
-def test_a_file_of_the_same_size_that_changes(tmp_path, make, served):
+def test_a_file_of_the_same_size_that_changes(tmp_path):
     """Told by its ETag: size and header are those of before."""
-    grid, pixels = make.grid(LEFT, TOP, 300, 300), make.unique(300, 300)
-    path = make.tif(tmp_path / "files" / "B04.tif", pixels, grid, compress=None)
-    with served(path.parent) as url:
+    grid, pixels = grid_at(LEFT, TOP, 300, 300), unique_pixels(300, 300)
+    path = write_tif(tmp_path / "files" / "B04.tif", pixels, grid, compress=None)
+    with serve(path.parent) as url:
         read(f"{url}/B04.tif", grid[:10, :10])
-        make.tif(path, pixels[::-1].copy(), grid, compress=None)
+        write_tif(path, pixels[::-1].copy(), grid, compress=None)
         with pytest.raises(ReadError, match="changed while it was read"):
             read(f"{url}/B04.tif", grid[200:250, 200:250])
 
 
-def test_a_redirect_shows_no_signature(band, caplog, served):
+def test_a_redirect_shows_no_signature(band, caplog):
     folder, grid, pixels = band
     caplog.set_level("DEBUG")
-    with served(folder, "--redirect", "--fail", 0.3) as url:
+    with serve(folder, "--redirect", "--fail", 0.3) as url:
         np.testing.assert_array_equal(read(f"{url}/B04.tif?sig=secret", grid), pixels)
     assert "Redirecting" in caplog.text
     assert "secret" not in caplog.text
 
 
-def test_patience_begins_with_the_trouble(band, monkeypatch, served):
+def test_patience_begins_with_the_trouble(band, monkeypatch):
     """Not while a request waits for a connection that others have."""
     monkeypatch.setattr(module, "PATIENCE_S", 1.5)
     folder, grid, pixels = band
     access = Access(connections=1)
-    with served(folder, "--delay", 0.15, "--fail", 0.2) as url, ThreadPoolExecutor(12) as threads:
+    with serve(folder, "--delay", 0.15, "--fail", 0.2) as url, ThreadPoolExecutor(12) as threads:
         windows = [grid[y : y + 50, :] for y in range(0, 600, 50)]
         got = list(threads.map(lambda w: read(f"{url}/B04.tif", w, access=access), windows))
     np.testing.assert_array_equal(np.concatenate(got), pixels)
 
 
-def test_trouble_is_given_up_when_interrupted(band, served):
+def test_trouble_is_given_up_when_interrupted(band):
     folder, grid, _ = band
-    with served(folder, "--fail", 1) as url, ThreadPoolExecutor(1) as thread:
+    with serve(folder, "--fail", 1) as url, ThreadPoolExecutor(1) as thread:
         reading, start = thread.submit(read, f"{url}/B04.tif", grid), time.monotonic()
         time.sleep(0.5)
         module.interruption.set()
@@ -789,9 +781,9 @@ def test_trouble_is_given_up_when_interrupted(band, served):
         assert time.monotonic() - start < 10
 
 
-def test_a_lost_mask_takes_its_bands_with_it(archive, make):
+def test_a_lost_mask_takes_its_bands_with_it(archive):
     """One date of four: a quarter is gone, though it is one read of ten a block."""
-    grid, where = make.grid(LEFT, TOP, 240, 180), make.grid(LEFT - 600, TOP + 600, 360, 300)
+    grid, where = grid_at(LEFT, TOP, 240, 180), grid_at(LEFT - 600, TOP + 600, 360, 300)
     days = (1, 6, 11, 16)
     listed = [
         archive.scene(f"2020-07-{day:02d}T10:00:00", where, {"B04": 5, "B11": 6}) for day in days
@@ -807,9 +799,9 @@ def test_a_lost_mask_takes_its_bands_with_it(archive, make):
     assert (totals["planned"], totals["lost"], totals["completeness"]) == (10, 1, 0.75)
 
 
-def test_a_lost_band_is_read_around_and_counted_once(archive, make):
+def test_a_lost_band_is_read_around_and_counted_once(archive):
     """Its date is left out of all bands, for which the block is made again: what is read again was planned once."""
-    grid, where = make.grid(LEFT, TOP, 240, 180), make.grid(LEFT - 600, TOP + 600, 360, 300)
+    grid, where = grid_at(LEFT, TOP, 240, 180), grid_at(LEFT - 600, TOP + 600, 360, 300)
     listed = [
         archive.scene(f"2020-07-{day:02d}T10:00:00", where, {"B04": 100 * day, "B11": 6})
         for day in (1, 6, 11, 16)
@@ -838,14 +830,14 @@ def test_a_ledger_in_another_process_allows_no_loss(tmp_path):
     assert copy.totals()["planned"] == 0
 
 
-def test_a_read_that_gdal_makes_shows_no_url(band, caplog, served):
+def test_a_read_that_gdal_makes_shows_no_url(band, caplog):
     """What fails within GDAL is told by the request that failed, not by GDAL's name for the file."""
     folder, grid, _ = band
     content = (folder / "B04.tif").read_bytes()
     (folder / "B04.tif").write_bytes(
         content[: len(content) // 2]
     )  # the header promises tiles that are not there
-    with served(folder) as url, pytest.raises(ReadError, match=rf"^{url}/B04\.tif: cannot be read"):
+    with serve(folder) as url, pytest.raises(ReadError, match=rf"^{url}/B04\.tif: cannot be read"):
         read(f"{url}/B04.tif?sig=secret", grid, Resampling.nearest)
     assert "secret" not in caplog.text
 
@@ -932,9 +924,9 @@ def test_headers_without_sense_are_a_failed_read(band, monkeypatch, status, sent
 @pytest.mark.parametrize(
     "href", ["http://[::1/B04.tif", "http://127.0.0.1:port/B04.tif", "s3://", "s3:///B04.tif"]
 )
-def test_an_invalid_url_is_not_read(make, href):
+def test_an_invalid_url_is_not_read(href):
     with pytest.raises(ReadError, match="is not read"):
-        read(href, make.grid(LEFT, TOP, 10, 10))
+        read(href, grid_at(LEFT, TOP, 10, 10))
 
 
 def test_a_bucket_is_no_host():
@@ -1053,12 +1045,12 @@ def test_a_virtual_format_is_not_followed(band, far):
 
 
 @pytest.mark.parametrize("far", [False, True])
-def test_overviews_in_another_file_are_not_followed(band, make, far):
+def test_overviews_in_another_file_are_not_followed(band, far):
     """A GeoTIFF that names a file of ours for its overviews. GDAL alone would read it."""
     folder, grid, _ = band
-    small = make.grid(LEFT, TOP, 64, 64)
-    make.tif(folder / "other.tif", np.full((64, 64), 4321, np.uint16), small)
-    make.tif(folder / "V.tif", np.full((128, 128), 7, np.uint16), make.grid(LEFT, TOP, 128, 128))
+    small = grid_at(LEFT, TOP, 64, 64)
+    write_tif(folder / "other.tif", np.full((64, 64), 4321, np.uint16), small)
+    write_tif(folder / "V.tif", np.full((128, 128), 7, np.uint16), grid_at(LEFT, TOP, 128, 128))
     with rasterio.open(folder / "V.tif", "r+") as out:
         out.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=str(folder / "other.tif"))
     with rasterio.Env(**images.SETTINGS), rasterio.open(folder / "V.tif") as src:
@@ -1098,10 +1090,10 @@ def test_what_is_no_file_is_not_opened(band):
         read(str(folder / "P.tif"), grid)
 
 
-def test_files_beside_an_image_are_not_read(tmp_path, make):
+def test_files_beside_an_image_are_not_read(tmp_path):
     """A no-data value and a place, both of which GDAL would take over."""
-    grid, pixels = make.grid(LEFT, TOP, 60, 60), make.unique(60, 60)
-    path = make.tif(tmp_path / "B04.tif", pixels, grid, nodata=None)
+    grid, pixels = grid_at(LEFT, TOP, 60, 60), unique_pixels(60, 60)
+    path = write_tif(tmp_path / "B04.tif", pixels, grid, nodata=None)
     wrong = f"<PAMDataset><PAMRasterBand band='1'><NoDataValue>{pixels[5, 5]}</NoDataValue></PAMRasterBand></PAMDataset>"
     path.with_suffix(".tif.aux.xml").write_text(wrong)
     with rasterio.open(path) as src:
@@ -1109,12 +1101,12 @@ def test_files_beside_an_image_are_not_read(tmp_path, make):
     np.testing.assert_array_equal(read(str(path), grid), pixels)
 
 
-def test_world_files_are_not_read(tmp_path, make):
-    grid, path = make.grid(LEFT, TOP, 60, 60), tmp_path / "bare.tif"
+def test_world_files_are_not_read(tmp_path):
+    grid, path = grid_at(LEFT, TOP, 60, 60), tmp_path / "bare.tif"
     warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
     shape = {"height": 60, "width": 60, "count": 1, "dtype": "uint16"}
     with rasterio.open(path, "w", driver="GTiff", crs="EPSG:32633", **shape) as out:
-        out.write(make.unique(60, 60), 1)
+        out.write(unique_pixels(60, 60), 1)
     path.with_suffix(".tfw").write_text(f"10\n0\n0\n-10\n{LEFT + 5}\n{TOP - 5}\n")
     with rasterio.open(path) as src:
         assert src.transform == grid.transform
@@ -1136,10 +1128,10 @@ HUGE = {
 
 @pytest.mark.parametrize("far", [False, True])
 @pytest.mark.parametrize("what", HUGE)
-def test_a_header_that_says_too_much_is_believed_before_a_pixel_is_read(tmp_path, make, what, far):
+def test_a_header_that_says_too_much_is_believed_before_a_pixel_is_read(tmp_path, what, far):
     """The files are sparse: a few kilobytes, whose header merely says so."""
     options, said = HUGE[what]
-    grid = make.grid(LEFT, TOP, 700, 600)
+    grid = grid_at(LEFT, TOP, 700, 600)
     with rasterio.open(
         tmp_path / "B04.tif", "w", driver="GTiff", count=1, dtype="uint16", tiled=True, sparse_ok=True, crs="EPSG:32633",
         transform=grid.transform, BIGTIFF="YES", **options,
@@ -1155,9 +1147,9 @@ def test_a_header_that_says_too_much_is_believed_before_a_pixel_is_read(tmp_path
     assert peak < 10e6
 
 
-def test_a_band_as_large_as_a_tile_is_read(tmp_path, make):
+def test_a_band_as_large_as_a_tile_is_read(tmp_path):
     """10,980 pixels a side, in one strip a row, are what a product has."""
-    grid = make.grid(LEFT, TOP, 10_980, 10_980)
+    grid = grid_at(LEFT, TOP, 10_980, 10_980)
     with rasterio.open(
         tmp_path / "B04.tif", "w", driver="GTiff", count=1, dtype="uint16", height=10_980, width=10_980, sparse_ok=True,
         crs="EPSG:32633", transform=grid.transform,

@@ -31,6 +31,7 @@ import stac_geoparquet.arrow
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from known_scenes import grid_at, serve, site_of, unique_pixels, write_tif
 from minecube import cube, network, scenes
 from minecube.catalog import (
     Access,
@@ -153,8 +154,8 @@ def test_the_newest_baseline_wins_whatever_the_order(real):
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(order=st.permutations(range(6)))
-def test_split_datatake_kept_older_copies_dropped(archive, make, order):
-    grid = make.grid(LEFT, TOP, 60, 60)
+def test_split_datatake_kept_older_copies_dropped(archive, order):
+    grid = grid_at(LEFT, TOP, 60, 60)
     upper = {"start": "20200705T100100"}
     lower = {"start": "20200705T100125"}
     twice = "2020-07-05T10:00:00"
@@ -377,9 +378,9 @@ def test_twins_of_two_sources_are_one(real, take):
     )
 
 
-def test_a_start_that_shifts_by_a_second_is_the_same_granule(archive, make):
+def test_a_start_that_shifts_by_a_second_is_the_same_granule(archive):
     """Reprocessing rounds it anew; the parts of a split datatake are many seconds apart."""
-    grid, when = make.grid(LEFT, TOP, 60, 60), "2020-07-05T10:00:00"
+    grid, when = grid_at(LEFT, TOP, 60, 60), "2020-07-05T10:00:00"
     starts = {"old": "20200705T100100", "new": "20200705T100101", "other part": "20200705T100106"}
     baselines = {"old": "02.14", "new": "05.00", "other part": "05.00"}
     listed = {
@@ -393,9 +394,9 @@ def test_a_start_that_shifts_by_a_second_is_the_same_granule(archive, make):
         assert {s.id for s in first} == {listed["old"].id, listed["other part"].id}
 
 
-def test_the_antimeridian(archive, make):
+def test_the_antimeridian(archive):
     """A tile across it: found by sites on both sides, by none half a world away, and of one day."""
-    grid = make.grid(624000, 7500000, 600, 600, 32660)  # around 180 degrees at 67 north
+    grid = grid_at(624000, 7500000, 600, 600, 32660)  # around 180 degrees at 67 north
     item = archive.item("2020-07-05T23:50:00", grid, {"B04": 1, "B11": 1}, tile="60WWV")
     west, south, east, north = item.bbox
     assert (west, east) == (-180, 180) or east - west > 300  # as naive software has it
@@ -413,8 +414,8 @@ def test_the_antimeridian(archive, make):
     )
 
 
-def test_what_is_refused_is_kept_with_the_reason(archive, make, tmp_path):
-    grid, site = make.grid(LEFT, TOP, 60, 60), make.site("s", LEFT, TOP, 60, 60)
+def test_what_is_refused_is_kept_with_the_reason(archive, tmp_path):
+    grid, site = grid_at(LEFT, TOP, 60, 60), site_of("s", LEFT, TOP, 60, 60)
     fine = archive.item("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1})
     older = archive.item(
         "2020-07-05T10:00:00",
@@ -436,18 +437,18 @@ def test_what_is_refused_is_kept_with_the_reason(archive, make, tmp_path):
     assert "names no acquisition" in found.refused[nameless.id]
 
 
-def test_a_list_is_of_its_place_and_its_sources_rules(archive, make, tmp_path):
+def test_a_list_is_of_its_place_and_its_sources_rules(archive, tmp_path):
     """Offsets and hrefs were decided when it was made: by a rule that has been corrected since it would be built wrong."""
-    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
-    here, path, source = make.site("s", LEFT, TOP, 60, 60), tmp_path / "s.parquet", archive.source
+    scene = archive.scene("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    here, path, source = site_of("s", LEFT, TOP, 60, 60), tmp_path / "s.parquet", archive.source
     snapshot.save(
         scenes.SearchResult(scenes=(scene,)), path, snapshot.hash_search(here, 2020, [source])
     )
     moved = dataclasses.replace(source, href="elsewhere.parquet", title="x", searches_per_s=1)
     assert snapshot.load(path, snapshot.hash_search(here, 2020, [moved])).scenes
     for site, year, sources in (
-        (make.site("s", LEFT, TOP, 54, 60), 2020, [source]),
-        (make.site("t", LEFT, TOP, 60, 60), 2020, [source]),
+        (site_of("s", LEFT, TOP, 54, 60), 2020, [source]),
+        (site_of("t", LEFT, TOP, 60, 60), 2020, [source]),
         (here, 2021, [source]),
         (here, 2020, [source, dataclasses.replace(source, id="more")]),
         (here, 2020, [dataclasses.replace(source, offset=Offset(value=0))]),
@@ -472,8 +473,8 @@ def test_a_list_of_another_version_is_refused(real, tmp_path, monkeypatch):
         snapshot.load(tmp_path / "x.parquet")
 
 
-def test_signatures_of_hrefs_are_not_kept(archive, make):
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+def test_signatures_of_hrefs_are_not_kept(archive):
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     for asked, kept in (
         ("https://x/a.tif?sv=1&sig=LEAKED&se=2", "https://x/a.tif"),
         (
@@ -525,9 +526,9 @@ def test_what_contradicts_itself_or_is_spelled_otherwise(real):
         scenes.normalise(empty, source)
 
 
-def test_the_newer_of_two_processings_of_one_baseline(archive, make):
+def test_the_newer_of_two_processings_of_one_baseline(archive):
     """By when it was made, not by its name."""
-    grid, when = make.grid(LEFT, TOP, 60, 60), "2020-07-05T10:00:00"
+    grid, when = grid_at(LEFT, TOP, 60, 60), "2020-07-05T10:00:00"
     older, newer = (
         archive.scene(when, grid, {"B04": 1, "B11": 1}, baseline="05.00", processed=p)
         for p in ("20230101T000000", "20230601T000000")
@@ -563,10 +564,10 @@ def test_a_snapshot_gives_back_what_was_saved(real, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_list_of_another_place_year_or_source_is_refused(archive, make):
+def test_a_list_of_another_place_year_or_source_is_refused(archive):
     """It would be committed as a year of zeros."""
-    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
-    here, there = make.site("s", LEFT, TOP, 60, 60), make.site("s", LEFT + 50000, TOP, 60, 60)
+    scene = archive.scene("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    here, there = site_of("s", LEFT, TOP, 60, 60), site_of("s", LEFT + 50000, TOP, 60, 60)
     scenes.check_saved_scenes([scene], here, 2020, [archive.source])
     other = dataclasses.replace(archive.source, id="other")
     for site, year, source, said in (
@@ -578,8 +579,8 @@ def test_a_list_of_another_place_year_or_source_is_refused(archive, make):
             scenes.check_saved_scenes([scene], site, year, [source])
 
 
-def test_spellings_of_baselines(archive, make):
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+def test_spellings_of_baselines(archive):
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     item.properties["s2:product_uri"] = ""
     item.id = "a name that tells nothing"
     for said, offset in (("4.0", -1000), ("05.00", -1000), ("3.01", 0), ("02.14", 0)):
@@ -593,8 +594,8 @@ def test_a_file_that_is_no_snapshot(tmp_path):
         snapshot.load(tmp_path / "x.parquet")
 
 
-def test_selection_by_recipe_says_what_to_widen(archive, make):
-    grid = make.grid(LEFT, TOP, 60, 60)
+def test_selection_by_recipe_says_what_to_widen(archive):
+    grid = grid_at(LEFT, TOP, 60, 60)
     winter = archive.scene("2020-01-05T10:00:00", grid, {"B04": 1, "B11": 1})
     cloudy = archive.scene(
         "2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, **{"eo:cloud_cover": 95.0}
@@ -609,11 +610,11 @@ def test_selection_by_recipe_says_what_to_widen(archive, make):
     assert [s.id for s in scenes.select([winter, cloudy, fine], recipe)] == [fine.id]
 
 
-def test_solar_day_is_local(archive, make):
+def test_solar_day_is_local(archive):
     """23:50 UTC over eastern Siberia is already the next day there."""
     item = archive.item(
         "2020-07-05T23:50:00",
-        make.grid(500000, 7000020, 60, 60, 32658),
+        grid_at(500000, 7000020, 60, 60, 32658),
         {"B04": 1, "B11": 1},
         tile="58VEP",
     )
@@ -633,23 +634,23 @@ def served(tmp_path):
     server.communicate()
 
 
-def test_a_remote_file_of_items_and_its_images(archive, make, tmp_path, served):
+def test_a_remote_file_of_items_and_its_images(archive, tmp_path, served):
     """The index over HTTP, hrefs relative to it, pixels by range requests."""
-    grid = make.grid(LEFT, TOP, 60, 60)
-    item = archive.item("2020-07-05T10:00:00", grid, {"B04": make.unique(60, 60), "B11": 7})
+    grid = grid_at(LEFT, TOP, 60, 60)
+    item = archive.item("2020-07-05T10:00:00", grid, {"B04": unique_pixels(60, 60), "B11": 7})
     for asset in item.assets.values():
         asset.href = str(Path(asset.href).relative_to(tmp_path))
     table = stac_geoparquet.arrow.parse_stac_items_to_arrow([item.to_dict(transform_hrefs=False)])
     stac_geoparquet.arrow.to_parquet(table, tmp_path / "items.parquet")
     source = dataclasses.replace(archive.source, href=f"{served}/items.parquet")
-    (scene,) = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, source).scenes
+    (scene,) = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, source).scenes
     assert scene.assets["B04"].href.startswith(served)
     np.testing.assert_array_equal(
-        scenes.stack([scene], grid, ["B04"]).values[0, 0], make.unique(60, 60)
+        scenes.stack([scene], grid, ["B04"]).values[0, 0], unique_pixels(60, 60)
     )
     with pytest.raises(SceneError, match="cannot be read as stac-geoparquet"):
         scenes.search(
-            make.site("s", LEFT, TOP, 60, 60),
+            site_of("s", LEFT, TOP, 60, 60),
             2020,
             dataclasses.replace(source, href=f"{served}/none.parquet"),
         )
@@ -770,11 +771,11 @@ def api(real_data):
 
 
 @pytest.fixture
-def searched(api, make):
+def searched(api):
     """A site in the recorded search's box, and Earth Search moved to loopback."""
     source = dataclasses.replace(load_sources()["earth-search"], href=api.url)
     return Site(
-        id="Allgaeu", geometry=make.site("x", 600000, 5280000, 400, 400, 32632).geometry
+        id="Allgaeu", geometry=site_of("x", 600000, 5280000, 400, 400, 32632).geometry
     ), source
 
 
@@ -879,11 +880,11 @@ def test_an_answer_that_is_too_long_is_given_up(api, searched, monkeypatch):
         scenes.search(*searched_as(searched))
 
 
-def test_a_file_of_too_many_items_is_not_read(archive, make, monkeypatch):
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+def test_a_file_of_too_many_items_is_not_read(archive, monkeypatch):
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     table = stac_geoparquet.arrow.parse_stac_items_to_arrow([item.to_dict(transform_hrefs=False)])
     stac_geoparquet.arrow.to_parquet(table, archive.source.href)
-    site = make.site("s", LEFT, TOP, 60, 60)
+    site = site_of("s", LEFT, TOP, 60, 60)
     assert scenes.search(site, 2020, archive.source).scenes
     item_file._cache.clear()
     for limit, value in (("_MOST_ITEMS", 0), ("MOST_BYTES", 100)):
@@ -984,10 +985,10 @@ SECRET = 4321
 
 
 @pytest.fixture
-def listed(archive, make, tmp_path, served):
+def listed(archive, tmp_path, served):
     """A file of items on a server that names a local file, and the site and source; `at` makes it name another."""
-    grid = make.grid(LEFT, TOP, 60, 60)
-    local = make.tif(tmp_path / "private" / "B04.tif", np.full((60, 60), SECRET, np.uint16), grid)
+    grid = grid_at(LEFT, TOP, 60, 60)
+    local = write_tif(tmp_path / "private" / "B04.tif", np.full((60, 60), SECRET, np.uint16), grid)
     item = archive.item("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1})
     for asset in item.assets.values():
         asset.href = str(Path(asset.href).relative_to(tmp_path))
@@ -1000,7 +1001,7 @@ def listed(archive, make, tmp_path, served):
         stac_geoparquet.arrow.to_parquet(table, tmp_path / "items.parquet")
         return dataclasses.replace(archive.source, href=f"{served}/items.parquet"), item
 
-    return at, local, make.site("s", LEFT, TOP, 60, 60)
+    return at, local, site_of("s", LEFT, TOP, 60, 60)
 
 
 @pytest.mark.parametrize(
@@ -1048,10 +1049,10 @@ def test_a_saved_list_names_no_local_file(listed, tmp_path):
     assert not job.store.path.exists()
 
 
-def test_a_saved_list_brings_no_access_of_its_own(archive, make):
+def test_a_saved_list_brings_no_access_of_its_own(archive):
     """Where tokens come from, and whom they are for, is what the source says."""
-    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
-    site = make.site("s", LEFT, TOP, 60, 60)
+    scene = archive.scene("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    site = site_of("s", LEFT, TOP, 60, 60)
     fewer = dataclasses.replace(archive.source, access=Access(connections=3))
     scenes.check_saved_scenes([scene], site, 2020, [fewer])
     access = json.loads(scene.properties["minecube:access"])
@@ -1065,10 +1066,10 @@ def test_a_saved_list_brings_no_access_of_its_own(archive, make):
 
 
 @pytest.mark.parametrize("origin", ["", None, "127.0.0.1"])
-def test_a_saved_list_names_no_origin_of_its_own(archive, make, origin):
+def test_a_saved_list_names_no_origin_of_its_own(archive, origin):
     """A scene that claims a local or private catalogue would be allowed to reach private hosts."""
-    site = make.site("s", LEFT, TOP, 60, 60)
-    scene = archive.scene("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    site = site_of("s", LEFT, TOP, 60, 60)
+    scene = archive.scene("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     scenes.check_saved_scenes([scene], site, 2020, [archive.source])
     source = dataclasses.replace(archive.source, href="https://stac.example.org/v1")
     for band in scene.assets:
@@ -1080,8 +1081,8 @@ def test_a_saved_list_names_no_origin_of_its_own(archive, make, origin):
         scenes.check_saved_scenes([scene], site, 2020, [source])
 
 
-def test_a_scene_without_origin_is_not_read(archive, make):
-    grid = make.grid(LEFT, TOP, 60, 60)
+def test_a_scene_without_origin_is_not_read(archive):
+    grid = grid_at(LEFT, TOP, 60, 60)
     scene = archive.scene("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1})
     del scene.properties["minecube:origin"]
     with pytest.raises(
@@ -1163,9 +1164,9 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize("value", UNKNOWN, ids=map(repr, UNKNOWN))
-def test_an_unknown_number_is_unknown_however_it_is_spelled(archive, make, value):
+def test_an_unknown_number_is_unknown_however_it_is_spelled(archive, value):
     """Each number field of an item: as if it were not there, and the scene is listed."""
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     source = dataclasses.replace(archive.source, resolution_m={})
     bare = changed(item, _without_numbers)
     expected = scenes.normalise(bare, source)
@@ -1197,9 +1198,9 @@ def _without_numbers(content):
         del asset["gsd"], asset["proj:shape"]
 
 
-def test_numbers_as_text_and_from_tables(archive, make):
+def test_numbers_as_text_and_from_tables(archive):
     """A table with one null makes floats of whole numbers; CSV makes text of all."""
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     source = dataclasses.replace(archive.source, resolution_m={})
     fields = {"gsd": "10.0", "file:size": 4321.0, "proj:shape": ["60", 60.0]}
     item.assets["B04"].extra_fields = fields
@@ -1221,8 +1222,8 @@ def test_numbers_as_text_and_from_tables(archive, make):
     )
 
 
-def test_names_that_a_table_made_nan_are_taken_from_the_products_name(archive, make):
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+def test_names_that_a_table_made_nan_are_taken_from_the_products_name(archive):
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     expected = scenes.normalise(item, archive.source).properties
     for value in (float("nan"), "nan", None):
         item.properties |= dict.fromkeys(
@@ -1232,10 +1233,8 @@ def test_names_that_a_table_made_nan_are_taken_from_the_products_name(archive, m
 
 
 @pytest.mark.parametrize("value", [float("nan"), None, -1.0, 101.0])
-def test_scenes_of_unknown_cloud_cover_are_used_and_counted_in_no_mean(
-    archive, make, tmp_path, value
-):
-    grid, site = make.grid(LEFT, TOP, 60, 60), make.site("s", LEFT, TOP, 60, 60)
+def test_scenes_of_unknown_cloud_cover_are_used_and_counted_in_no_mean(archive, tmp_path, value):
+    grid, site = grid_at(LEFT, TOP, 60, 60), site_of("s", LEFT, TOP, 60, 60)
     days = {"2020-07-05": 20.0, "2020-07-08": value, "2020-07-11": 40.0, "2020-07-14": value}
     items = [
         archive.item(f"{day}T10:00:00", grid, {"B04": 1, "B11": 1}, **{"eo:cloud_cover": cloud})
@@ -1292,8 +1291,8 @@ def write_features(features, path, geometries=None):
     pq.write_table(table, path)
 
 
-def features_of(archive, make, n=3, **properties):
-    grid = make.grid(LEFT, TOP, 60, 60)
+def features_of(archive, n=3, **properties):
+    grid = grid_at(LEFT, TOP, 60, 60)
     days = [f"2020-07-{day:02d}T10:00:00" for day in range(5, 5 + n)]
     return [
         archive.item(day, grid, {"B04": 1, "B11": 1}, **properties).to_dict(transform_hrefs=False)
@@ -1301,9 +1300,9 @@ def features_of(archive, make, n=3, **properties):
     ]
 
 
-def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive, make):
+def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive):
     """Nulls and nested lists included; times of another zone, which the library labels as UTC, are told in UTC."""
-    features = features_of(archive, make)
+    features = features_of(archive)
     features[0]["properties"] |= {
         "created": "2020-07-06T01:02:03.456789Z",
         "eo:cloud_cover": None,
@@ -1348,15 +1347,15 @@ def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive, 
 
 
 @pytest.mark.parametrize("kind", AREAS)
-def test_footprints_of_every_type_that_has_an_area(archive, make, kind):
+def test_footprints_of_every_type_that_has_an_area(archive, kind):
     """From a file and from an API; the area is that of the square, or of the two halves that a bow tie leaves."""
-    features = features_of(archive, make)
+    features = features_of(archive)
     own = shapely.geometry.shape(features[0]["geometry"])
     moved = shapely.affinity.translate(
         AREAS[kind], own.centroid.x - 15.005, own.centroid.y - 51.445
     )
     write_features(features, archive.root / "items.parquet", [moved, own, own])
-    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    found = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert (len(found.scenes), found.refused) == (3, {})
     in_json = pystac.Item.from_dict(
         features[0] | {"geometry": json.loads(json.dumps(shapely.geometry.mapping(moved)))}
@@ -1369,11 +1368,11 @@ def test_footprints_of_every_type_that_has_an_area(archive, make, kind):
 
 
 @pytest.mark.parametrize("kind", NO_AREAS)
-def test_a_footprint_without_area_refuses_its_item_by_name_and_no_other(archive, make, kind):
-    features = features_of(archive, make)
+def test_a_footprint_without_area_refuses_its_item_by_name_and_no_other(archive, kind):
+    features = features_of(archive)
     own = shapely.geometry.shape(features[0]["geometry"])
     write_features(features, archive.root / "items.parquet", [own, NO_AREAS[kind], own])
-    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    found = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.id for s in found.scenes] == [features[0]["id"], features[2]["id"]]
     assert list(found.refused) == [features[1]["id"]]
     assert (
@@ -1400,15 +1399,15 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("geometry", MALFORMED)
-def test_a_malformed_geometry_is_no_geometry(archive, make, geometry):
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+def test_a_malformed_geometry_is_no_geometry(archive, geometry):
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     item.geometry = geometry
     with pytest.raises(SceneError, match="has no geometry with an area"):
         scenes.normalise(item, archive.source)
 
 
-def test_a_footprint_that_goes_on_beyond_180_degrees(archive, make):
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+def test_a_footprint_that_goes_on_beyond_180_degrees(archive):
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     for west in (179.0, -181.0):
         item.geometry = shapely.geometry.mapping(shapely.box(west, 60, west + 2, 61))
         scene = scenes.normalise(item, archive.source)
@@ -1431,23 +1430,23 @@ def test_a_footprint_that_goes_on_beyond_180_degrees(archive, make):
         {"collection": "sentinel-s2-l1c"},
     ],
 )
-def test_level_1_is_told_by_name_type_level_or_collection(archive, make, change):
+def test_level_1_is_told_by_name_type_level_or_collection(archive, change):
     """With all assets of Level-2A, and newer: it would win over the Level-2A copy."""
-    feature, *_ = features_of(archive, make, 1)
+    feature, *_ = features_of(archive, 1)
     other = copy.deepcopy(feature)
     other |= {name: value for name, value in change.items() if ":" not in name} or {
         "id": "an id that tells nothing"
     }
     other["properties"] |= {name: value for name, value in change.items() if ":" in name}
     write_features([feature, other], archive.root / "items.parquet")
-    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    found = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.id for s in found.scenes] == [feature["id"]]
     assert "expected a Level-2A product, found Level-1" in found.refused[other["id"]]
 
 
-def test_names_that_are_not_of_level_1(archive, make):
+def test_names_that_are_not_of_level_1(archive):
     item = archive.item(
-        "2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, tile="31CLC"
+        "2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, tile="31CLC"
     )
     item.properties |= {"proj:epsg": 32731, "processing:level": "L2", "s2:product_type": "S2MSI2A"}
     item.set_collection(None)
@@ -1461,13 +1460,13 @@ def test_names_that_are_not_of_level_1(archive, make):
     )
 
 
-def test_a_file_lists_its_collection_alone_as_an_api_does(archive, make, caplog):
-    features = features_of(archive, make, 12)
+def test_a_file_lists_its_collection_alone_as_an_api_does(archive, caplog):
+    features = features_of(archive, 12)
     for feature in features[:11]:
         feature["collection"] = "landsat-c2-l2"
     features[11]["collection"] = archive.source.collection
     write_features(features, archive.root / "items.parquet")
-    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    found = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.id for s in found.scenes] == [features[11]["id"]]
     assert set(found.refused) == {f["id"] for f in features[:11]}
     assert found.refused[features[0]["id"]].endswith(
@@ -1500,9 +1499,9 @@ def test_a_file_lists_its_collection_alone_as_an_api_does(archive, make, caplog)
     ],
 )
 def test_formats_that_are_not_read_are_refused_where_they_are_listed(
-    archive, make, href, media_type, said
+    archive, href, media_type, said
 ):
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     item.assets["B11"] = pystac.Asset(href, media_type=media_type)
     for source in (archive.source, dataclasses.replace(archive.source, assets={})):
         with pytest.raises(SceneError) as caught:
@@ -1524,8 +1523,8 @@ def test_formats_that_are_not_read_are_refused_where_they_are_listed(
         "application/octet-stream",
     ],
 )
-def test_media_types_of_images(archive, make, media_type):
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+def test_media_types_of_images(archive, media_type):
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     item.assets["B11"].media_type = media_type
     item.assets["preview"] = pystac.Asset(
         "x.zarr", media_type="application/vnd+zarr"
@@ -1543,8 +1542,8 @@ def test_real_zarr_items_are_refused_where_they_are_listed(real_data):
             scenes.normalise(item, bare)
 
 
-def test_an_item_without_scene_classification_is_refused(archive, make):
-    item = archive.item("2020-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+def test_an_item_without_scene_classification_is_refused(archive):
+    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
     source = dataclasses.replace(archive.source, assets={})
     item.assets["SCL"].href = None  # of a table whose other items have it
     with pytest.raises(
@@ -1563,8 +1562,8 @@ def declaring(item, **offsets):
     return item
 
 
-def test_products_of_ones_own_sen2cor_need_their_offset_declared(archive, make):
-    grid = make.grid(LEFT, TOP, 60, 60)
+def test_products_of_ones_own_sen2cor_need_their_offset_declared(archive):
+    grid = grid_at(LEFT, TOP, 60, 60)
     item = archive.item("2020-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, baseline="99.99")
 
     def with_own(own):
@@ -1611,9 +1610,9 @@ def test_what_a_source_may_say_of_own_products(tmp_path):
             load_sources(path)
 
 
-def test_lists_that_were_saved_before_there_was_such_a_rule_still_belong(archive, make):
+def test_lists_that_were_saved_before_there_was_such_a_rule_still_belong(archive):
     """The hash of the rules that earlier versions wrote: without the field."""
-    site, source = make.site("s", LEFT, TOP, 60, 60), archive.source
+    site, source = site_of("s", LEFT, TOP, 60, 60), archive.source
     grid, rule = grid_of(site), as_dict(source)
     for name in ("title", "href", "licence", "searches_per_s"):
         del rule[name]
@@ -1692,10 +1691,10 @@ def test_a_real_item_of_earth_search_v0_is_refused_for_the_true_reason(real_data
     ],
 )
 def test_a_declared_offset_that_no_product_has_is_warned_of_by_name(
-    archive, make, caplog, baseline, flag, offset, fields, warned
+    archive, caplog, baseline, flag, offset, fields, warned
 ):
     properties = {} if flag is None else {"earthsearch:boa_offset_applied": flag}
-    grid = make.grid(LEFT, TOP, 60, 60)
+    grid = grid_at(LEFT, TOP, 60, 60)
     item = archive.item(
         "2022-07-05T10:00:00", grid, {"B04": 1, "B11": 1}, baseline=baseline, **properties
     )
@@ -1713,9 +1712,9 @@ def test_a_declared_offset_that_no_product_has_is_warned_of_by_name(
         assert "declares" not in scene.properties["minecube:offset_reason"]
 
 
-def test_flags_as_tables_spell_them(archive, make):
+def test_flags_as_tables_spell_them(archive):
     item = archive.item(
-        "2022-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00"
+        "2022-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00"
     )
     for value, offset in (
         (True, 0),
@@ -1730,19 +1729,19 @@ def test_flags_as_tables_spell_them(archive, make):
         assert scenes.normalise(item, archive.source).properties["minecube:offset"] == offset, value
 
 
-def test_a_malformed_item_of_a_file_or_an_api_is_refused_and_no_other(archive, make, monkeypatch):
-    features = features_of(archive, make)
+def test_a_malformed_item_of_a_file_or_an_api_is_refused_and_no_other(archive, monkeypatch):
+    features = features_of(archive)
     del features[1]["properties"]["datetime"]
     features[2]["assets"]["B04"] = "no asset"
     monkeypatch.setattr(site_year, "list_features", lambda *_: features)
-    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    found = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.id for s in found.scenes] == [features[0]["id"]]
     assert set(found.refused) == {f["id"] for f in features[1:]}
 
 
-def test_a_search_lists_what_a_loop_over_all_rows_lists(archive, make, tmp_path):
+def test_a_search_lists_what_a_loop_over_all_rows_lists(archive, tmp_path):
     """Places and years at random, more rows than a batch has, one of unknown time; in the order of the file."""
-    feature, *_ = features_of(archive, make, 1)
+    feature, *_ = features_of(archive, 1)
     rng, n = np.random.default_rng(0), 2 * parquet._BATCH + 7
     west, south = rng.uniform(14, 16, n), rng.uniform(50, 52, n)
     footprints = shapely.box(west, south, west + 0.3, south + 0.2)
@@ -1765,8 +1764,8 @@ def test_a_search_lists_what_a_loop_over_all_rows_lists(archive, make, tmp_path)
             assert [f["id"] for f in item_file.search_file(archive.source, area, year)] == expected
 
 
-def test_a_file_of_items_is_read_once_and_again_when_it_changes(archive, make, monkeypatch):
-    features, site = features_of(archive, make), make.site("s", LEFT, TOP, 60, 60)
+def test_a_file_of_items_is_read_once_and_again_when_it_changes(archive, monkeypatch):
+    features, site = features_of(archive), site_of("s", LEFT, TOP, 60, 60)
     path, reads = archive.root / "items.parquet", []
     unpacked = item_file._read_table
     monkeypatch.setattr(item_file, "_read_table", lambda href: reads.append(href) or unpacked(href))
@@ -1782,10 +1781,10 @@ def test_a_file_of_items_is_read_once_and_again_when_it_changes(archive, make, m
 
 
 def test_a_remote_file_of_items_is_asked_for_changes_once_a_minute(
-    archive, make, tmp_path, clock, monkeypatch
+    archive, tmp_path, clock, monkeypatch
 ):
     """By size and ETag, which the test's server makes of time and size; a server without ETag sends the file again."""
-    features = features_of(archive, make)
+    features = features_of(archive)
     write_features(features, tmp_path / "remote" / "items.parquet")
     fetched, whole = [], remote.Remote.whole
     monkeypatch.setattr(
@@ -1793,7 +1792,7 @@ def test_a_remote_file_of_items_is_asked_for_changes_once_a_minute(
         "whole",
         lambda self, url, most: fetched.append(url) or whole(self, url, most),
     )
-    with make.served(tmp_path / "remote") as url:
+    with serve(tmp_path / "remote") as url:
         href = f"{url}/items.parquet"
         index = item_file._index_of(href)
         assert item_file._index_of(href) is index
@@ -1811,42 +1810,42 @@ def test_a_remote_file_of_items_is_asked_for_changes_once_a_minute(
     assert len(fetched) == 4
 
 
-def test_a_row_without_a_time_is_refused_by_name(archive, make):
+def test_a_row_without_a_time_is_refused_by_name(archive):
     """Its year is unknown, so every search lists it: it is not lost."""
-    features = features_of(archive, make)
+    features = features_of(archive)
     path = archive.root / "items.parquet"
     write_features(features, path)
     table = pq.read_table(path)
     times = table["datetime"].to_pylist()
     column = pa.array([None, *times[1:]], table.schema.field("datetime").type)
     pq.write_table(table.set_column(table.column_names.index("datetime"), "datetime", column), path)
-    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    found = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert len(found.scenes) == 2
     assert list(found.refused) == [features[0]["id"]]
 
 
-def test_times_as_text_and_files_without_boxes_or_links(archive, make, tmp_path):
+def test_times_as_text_and_files_without_boxes_or_links(archive, tmp_path):
     """As tools other than stac-geoparquet write them."""
-    features = features_of(archive, make)
+    features = features_of(archive)
     path = archive.root / "items.parquet"
     write_features(features, path)
-    expected = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    expected = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     table = pq.read_table(path).drop_columns(["bbox", "links", "type", "stac_version"])
     text = pa.array([f["properties"]["datetime"] for f in features])
     table = table.set_column(table.column_names.index("datetime"), "datetime", text)
     pq.write_table(table.append_column("created", pa.nulls(3, pa.string())), path)
-    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    found = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.to_dict() for s in found.scenes] == [s.to_dict() for s in expected.scenes]
     assert len(found.scenes) == 3
     pq.write_table(table.slice(0, 0), path)
     with pytest.raises(scenes.NoScenesError, match="0 listed"):
-        scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+        scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     pq.write_table(table.drop_columns("geometry"), path)
     with pytest.raises(
         SceneError,
         match=r"items\.parquet: cannot be read as stac-geoparquet \(expected a column 'geometry'",
     ):
-        scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+        scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
 
 
 def _broken(**fields):
@@ -1896,14 +1895,12 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_one_unusable_item_of_an_api_is_refused_for_the_true_reason(
-    archive, make, monkeypatch, case
-):
+def test_one_unusable_item_of_an_api_is_refused_for_the_true_reason(archive, monkeypatch, case):
     change, reason = UNUSABLE[case]
-    features = features_of(archive, make)
+    features = features_of(archive)
     change(features[1])
     monkeypatch.setattr(site_year, "list_features", lambda *_: features)
-    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    found = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.id for s in found.scenes] == [features[0]["id"], features[2]["id"]]
     assert list(found.refused) == [features[1]["id"]]
     assert found.refused[features[1]["id"]].startswith(f"item {features[1]['id']}: {reason}")
@@ -1966,22 +1963,22 @@ UNNEEDED = {
 
 
 @pytest.mark.parametrize("case", UNNEEDED)
-def test_what_a_scene_does_not_need_may_be_malformed(archive, make, monkeypatch, case):
-    features = features_of(archive, make)
+def test_what_a_scene_does_not_need_may_be_malformed(archive, monkeypatch, case):
+    features = features_of(archive)
     UNNEEDED[case](features[1])
     monkeypatch.setattr(site_year, "list_features", lambda *_: features)
-    found = scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    found = scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
     assert [s.id for s in found.scenes] == [str(f["id"]) for f in features]
     assert found.refused == {}
 
 
-def rewritten(archive, make, change, n=3):
+def rewritten(archive, change, n=3):
     """A file of n items whose table was changed; what a search finds in it."""
     path = archive.root / "items.parquet"
-    write_features(features_of(archive, make, n), path)
+    write_features(features_of(archive, n), path)
     table = pq.read_table(path)
     pq.write_table(change(table), path)
-    return scenes.search(make.site("s", LEFT, TOP, 60, 60), 2020, archive.source)
+    return scenes.search(site_of("s", LEFT, TOP, 60, 60), 2020, archive.source)
 
 
 def column(name, values):
@@ -2052,9 +2049,9 @@ READ = {
 
 
 @pytest.mark.parametrize("case", READ)
-def test_files_of_items_as_other_tools_write_them(archive, make, case):
+def test_files_of_items_as_other_tools_write_them(archive, case):
     """The days and bands of three items, by hand."""
-    found = rewritten(archive, make, column(*READ[case]))
+    found = rewritten(archive, column(*READ[case]))
     assert found.refused == {}
     assert [str(s.datetime) for s in found.scenes] == [
         f"2020-07-0{day} 10:00:00+00:00" for day in (5, 6, 7)
@@ -2093,29 +2090,29 @@ UNREAD = {
 
 
 @pytest.mark.parametrize("case", UNREAD)
-def test_a_file_of_other_columns_is_refused_in_one_sentence(archive, make, case):
+def test_a_file_of_other_columns_is_refused_in_one_sentence(archive, case):
     name, values, reason = UNREAD[case]
     message = rf"items\.parquet: cannot be read as stac-geoparquet \({reason}.*\); write it again with stac-geoparquet$"
     with pytest.raises(SceneError, match=message):
-        rewritten(archive, make, column(name, values))
+        rewritten(archive, column(name, values))
 
 
-def test_a_row_of_broken_json_is_refused_and_no_other(archive, make):
+def test_a_row_of_broken_json_is_refused_and_no_other(archive):
     def broken(assets):
         first, *others = [json.dumps(row) for row in assets.to_pylist()]
         return pa.array([first[:40], *others])
 
-    found = rewritten(archive, make, column("assets", broken))
+    found = rewritten(archive, column("assets", broken))
     assert len(found.scenes) == 2
     (reason,) = found.refused.values()
     assert """: expected an object of assets, found '{"B""" in reason
     assert reason.endswith("; it is refused")
 
 
-def test_times_that_are_not_iso_are_refused_with_what_was_found(archive, make, caplog):
+def test_times_that_are_not_iso_are_refused_with_what_was_found(archive, caplog):
     """One line for all of them."""
     times = pa.array(["05.07.2020 10:00", "2020-07-06T10:00:00Z", "07.07.2020 10:00"])
-    found = rewritten(archive, make, column("datetime", times))
+    found = rewritten(archive, column("datetime", times))
     assert [str(s.datetime) for s in found.scenes] == ["2020-07-06 10:00:00+00:00"]
     expected = "expected a datetime in ISO 8601 such as 2022-04-10T10:20:00Z, found"
     assert [reason.partition(": ")[2] for reason in found.refused.values()] == [
@@ -2125,18 +2122,18 @@ def test_times_that_are_not_iso_are_refused_with_what_was_found(archive, make, c
     assert len([line for line in caplog.messages if expected in line]) == 1
 
 
-def test_decimals_are_numbers(archive, make):
+def test_decimals_are_numbers(archive):
     """A column of DECIMAL, as databases write it: 95 % is no unknown cover, and 33.00 is zone 33."""
     percent = pa.array(
         [decimal.Decimal("95.0"), decimal.Decimal("12.5"), None], pa.decimal128(10, 1)
     )
-    found = rewritten(archive, make, column("eo:cloud_cover", percent))
+    found = rewritten(archive, column("eo:cloud_cover", percent))
     assert [s.properties["eo:cloud_cover"] for s in found.scenes] == [95.0, 12.5, None]
     assert (
         len(scenes.select_usable(found.scenes, dataclasses.replace(PLAIN, max_cloud_cover=60))) == 2
     )
     item = archive.item(
-        "2022-07-05T10:00:00", make.grid(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00"
+        "2022-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1}, baseline="05.00"
     )
     del item.properties["s2:mgrs_tile"]
     item.properties |= {

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 from scipy import ndimage
 
+from known_scenes import site_of
 from minecube import cube, metrics, tracks
 from minecube.catalog import Recipe
 from minecube.cli import cli
@@ -98,12 +99,12 @@ def write_change(store, site, model, change, classes, pairs=PAIRS):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, make):
+def world(tmp_path_factory):
     """A store of three sites, mapped by two models of footprints and one of change; and a site without labels."""
     store = str(tmp_path_factory.mktemp("score") / "cubes.zarr")
     pixels = {}
     for n, (name, (height, width)) in enumerate(SITES.items()):
-        grid, truth = build(store, make.site(name, 360000 + n * 6000, 5600040, width, height))
+        grid, truth = build(store, site_of(name, 360000 + n * 6000, 5600040, width, height))
         pixels[name] = {"truth": truth}
         for m, (model, noise) in enumerate((("sharp", 0.4), ("rough", 2.0))):
             pixels[name][model] = probability(truth, 10 * n + m, noise)
@@ -122,7 +123,7 @@ def world(tmp_path_factory, make):
         write_change(
             store, name, "near", pixels[name]["pairs"], ("removed", "new"), [PAIRS[0], PAIRS[-1]]
         )
-    grid, truth = build(store, make.site("bare", 360000 + 90000, 5600040, 60, 60), labelled=False)
+    grid, truth = build(store, site_of("bare", 360000 + 90000, 5600040, 60, 60), labelled=False)
     cube.write_probability(
         cube.Store(store), "bare", "sharp", stack(probability(truth, 0, 0.4), grid), {"id": "sharp"}
     )

@@ -23,6 +23,7 @@ from pystac.validation import validate_dict
 from rio_cogeo.cogeo import cog_validate
 from shapely.geometry import shape
 
+from known_scenes import site_of
 from minecube.catalog import Site, load_sources
 from minecube.errors import CatalogError
 from minecube.simulate import World, archive, simulate_archive
@@ -32,9 +33,9 @@ SHIPPED = load_sources()
 
 
 @pytest.fixture(scope="module")
-def world(make: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("simulated") / "world"
-    place = make.site("small", 360000, 5600040, 120, 96)
+    place = site_of("small", 360000, 5600040, 120, 96)
     simulate_archive([place], out, World(years=(2020, 2022), dates_per_year=6, winter_dates=1))
     return out
 
@@ -180,8 +181,8 @@ def pixels_of(world: Path, site: str, year: int) -> dict[str, bytes]:
     return found
 
 
-def test_a_scene_depends_on_nothing_but_seed_site_and_date(make: Any, tmp_path: Path) -> None:
-    a, b = make.site("a", 360000, 5600040, 48, 60), make.site("b", 390000, 5580000, 54, 48)
+def test_a_scene_depends_on_nothing_but_seed_site_and_date(tmp_path: Path) -> None:
+    a, b = site_of("a", 360000, 5600040, 48, 60), site_of("b", 390000, 5580000, 54, 48)
     few = {"dates_per_year": 2, "winter_dates": 0}
     simulate_archive([a, b], tmp_path / "both", World(years=(2019, 2023), styles=("cdse",), **few))
     simulate_archive(
@@ -197,10 +198,8 @@ def test_a_scene_depends_on_nothing_but_seed_site_and_date(make: Any, tmp_path: 
     assert len({i.split("_")[5] for i in ids}) == 6
 
 
-def test_styles_take_turns_when_each_site_has_one(make: Any, tmp_path: Path) -> None:
-    sites = [
-        make.site(n, 360000 + 30000 * k, 5600040, 48, 48) for k, n in enumerate(("a", "b", "c"))
-    ]
+def test_styles_take_turns_when_each_site_has_one(tmp_path: Path) -> None:
+    sites = [site_of(n, 360000 + 30000 * k, 5600040, 48, 48) for k, n in enumerate(("a", "b", "c"))]
     said: list[str] = []
     world = World(
         years=(2023,),
@@ -245,10 +244,10 @@ def test_a_world_that_cannot_be_is_refused(wrong: dict[str, Any], says: str) -> 
         World(**wrong)
 
 
-def test_bad_sites_and_folders_are_refused_and_leave_nothing(make: Any, tmp_path: Path) -> None:
+def test_bad_sites_and_folders_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     fine, tiny = (
-        make.site("fine", 360000, 5600040, 48, 48),
-        make.site("tiny", 360000, 5600040, 12, 48),
+        site_of("fine", 360000, 5600040, 48, 48),
+        site_of("tiny", 360000, 5600040, 12, 48),
     )
     world = World(years=(2023,), dates_per_year=1)
     for sites, says in (
@@ -270,7 +269,7 @@ def test_bad_sites_and_folders_are_refused_and_leave_nothing(make: Any, tmp_path
 
 
 def test_a_full_disk_leaves_nothing_half_written(
-    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -278,16 +277,16 @@ def test_a_full_disk_leaves_nothing_half_written(
     monkeypatch.setattr(archive, "_write_cog", full)
     with pytest.raises(CatalogError, match="No space left"):
         simulate_archive(
-            [make.site("a", 360000, 5600040, 48, 48)],
+            [site_of("a", 360000, 5600040, 48, 48)],
             tmp_path / "out",
             World(years=(2023,), dates_per_year=1),
         )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_flags_that_are_wrong_in_either_way(make: Any, tmp_path: Path) -> None:
+def test_flags_that_are_wrong_in_either_way(tmp_path: Path) -> None:
     """Beside a world whose flags are right: the truth says what each item's pixels carry on top of that world's."""
-    site = make.site("a", 360000, 5600040, 48, 48)
+    site = site_of("a", 360000, 5600040, 48, 48)
     right = World(years=(2022,), dates_per_year=6, winter_dates=0, styles=("earth-search",))
     simulate_archive([site], tmp_path / "right", right)
     simulate_archive([site], tmp_path / "wrong", dataclasses.replace(right, wrong_flags=1.0))

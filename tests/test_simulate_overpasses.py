@@ -7,13 +7,13 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import odc.geo.xr  # noqa: F401 - the .odc accessor
 import pytest
 import shapely
 
+from known_scenes import site_of
 from minecube.catalog import BANDS, Site
 from minecube.grid import grid_of, pad
 from minecube.simulate import MARGIN_M
@@ -26,9 +26,9 @@ from minecube.simulate.truth import compute_reflectance
 
 
 @pytest.fixture(scope="module")
-def place(make: Any) -> Site:
+def place() -> Site:
     """120 x 96 pixels in zone 33; its neighbour is zone 32."""
-    return make.site("small", 360000, 5600040, 120, 96)
+    return site_of("small", 360000, 5600040, 120, 96)
 
 
 def test_a_full_year_shows_every_pixel_clear_often_enough_to_find_the_truth(place: Site) -> None:
@@ -111,9 +111,9 @@ def test_scenes_lie_beside_each_other(place: Site) -> None:
     assert np.median(off[2022]) < 4
 
 
-def test_mines_grow_shift_and_are_reclaimed_in_any_year(make: Any) -> None:
+def test_mines_grow_shift_and_are_reclaimed_in_any_year() -> None:
     for name in ("one", "two", "three"):
-        site = make.site(name, 360000, 5600040, 384, 384)
+        site = site_of(name, 360000, 5600040, 384, 384)
         grid, draw = grid_of(site), make_generators(0, name)
         shapes = [draw_mine(grid, draw, year).footprint for year in range(2010, 2031)]
         for before, after in itertools.pairwise(shapes):
@@ -129,8 +129,8 @@ def test_mines_grow_shift_and_are_reclaimed_in_any_year(make: Any) -> None:
         assert mine.dumps.difference(mine.outline.buffer(15)).area == pytest.approx(0, abs=1)
 
 
-def test_reclaimed_land_is_green_again(make: Any) -> None:
-    site = make.site("green", 360000, 5600040, 240, 240)
+def test_reclaimed_land_is_green_again() -> None:
+    site = site_of("green", 360000, 5600040, 240, 240)
     grid, draw = grid_of(site), make_generators(0, "green")
     canvas = pad(grid, 0)
     land = draw_land(grid, canvas, draw)

@@ -15,6 +15,7 @@ import xarray as xr
 import zarr
 from click.testing import CliRunner
 
+from known_scenes import site_of
 from minecube import cube, tracks
 from minecube.catalog import load_recipes
 from minecube.cli import cli
@@ -45,8 +46,8 @@ def truth(name: str, shape: tuple[int, int]) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def sites(make):
-    return [make.site("pit", 360000, 5600040, 90, 60), make.site("hole", 420000, 5600040, 60, 60)]
+def sites():
+    return [site_of("pit", 360000, 5600040, 90, 60), site_of("hole", 420000, 5600040, 60, 60)]
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
 from torch import nn
 
+from known_scenes import site_of
 from minecube import cube as stores
 from minecube import models
 from minecube.catalog import BANDS, ModelCard, Recipe, TrainingSettings, load_presets
@@ -1159,12 +1160,12 @@ def test_two_processes_learn_what_one_does_from_the_whole_batch(tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, make: Any) -> Path:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three sites, two of which are A's, committed and labelled; and a preset that is quick."""
     folder = tmp_path_factory.mktemp("training")
     recipe = Recipe(id="small", title="t", block_px=64, chunk_px=32)
     for n, name in enumerate(("A_1", "A_2", "B_1")):
-        site, of = make.site(name, 360000 + n * 6000, 5600040, 48, 54), cube(n, 54, 48)
+        site, of = site_of(name, 360000 + n * 6000, 5600040, 48, 54), cube(n, 54, 48)
         grid = grid_of(site)
         stores.create_site(stores.Store(folder / "cubes.zarr"), site, grid, (2019, 2020), recipe)
         for at, year in enumerate((2019, 2020)):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from known_scenes import grid_at, site_of
 from minecube import scenes
 from minecube.catalog import HazeTest, MaskRule, Recipe, load_recipes, load_sources
 from minecube.composite import composite
@@ -159,9 +160,9 @@ def test_too_few_pixels_or_dates_tell_nothing():
 
 
 @pytest.mark.parametrize("cirrus_masked", [True, False])
-def test_a_veiled_date_counts_as_thin_cloud_and_no_cirrus_as_clear(archive, make, cirrus_masked):
+def test_a_veiled_date_counts_as_thin_cloud_and_no_cirrus_as_clear(archive, cirrus_masked):
     """Of three dates: one veiled, one of which SCL calls all cirrus, and one of cloud; at the right edge the veiled alone."""
-    grid, where = make.grid(LEFT, TOP, 48, 48), make.grid(LEFT - 300, TOP + 300, 120, 120)
+    grid, where = grid_at(LEFT, TOP, 48, 48), grid_at(LEFT - 300, TOP + 300, 120, 120)
     mask = (
         (MaskRule(classes=(8, 9)), MaskRule(classes=(10,)))
         if cirrus_masked
@@ -191,9 +192,9 @@ def test_a_veiled_date_counts_as_thin_cloud_and_no_cirrus_as_clear(archive, make
     )
 
 
-def test_errors_of_simulated_years_are_found_and_nothing_else(tmp_path, make):
+def test_errors_of_simulated_years_are_found_and_nothing_else(tmp_path):
     """Each year has a date that is veiled unseen, and one, the clearest, on which SCL sees cirrus that is none."""
-    site, years = make.site("pit", LEFT, TOP, 120, 120), (2020, 2022)
+    site, years = site_of("pit", LEFT, TOP, 120, 120), (2020, 2022)
     simulate_archive(
         [site],
         tmp_path / "w",
@@ -235,8 +236,8 @@ def test_errors_of_simulated_years_are_found_and_nothing_else(tmp_path, make):
         assert veils.list_wrong_classifications(off) == []
 
 
-def test_without_blue_or_red_nothing_is_asked(archive, make):
-    grid = make.grid(LEFT, TOP, 48, 48)
+def test_without_blue_or_red_nothing_is_asked(archive):
+    grid = grid_at(LEFT, TOP, 48, 48)
     listed = [
         archive.scene(f"2020-0{month}-05T10:00:00", grid, {"B04": 700, "B11": 700})
         for month in (5, 6, 7)
@@ -252,9 +253,9 @@ def test_without_blue_or_red_nothing_is_asked(archive, make):
     )
 
 
-def test_a_band_that_the_recipe_does_not_need_may_be_missing(archive, make):
+def test_a_band_that_the_recipe_does_not_need_may_be_missing(archive):
     """B12 is looked at if it is there; without it, the bands of the recipe judge the scenes."""
-    grid = make.grid(LEFT, TOP, 48, 48)
+    grid = grid_at(LEFT, TOP, 48, 48)
     pixels = {"B02": 300, "B04": 400, "B08": 2000, "B12": 900}
     four = dataclasses.replace(archive, bands=("B02", "B04", "B08", "B12"))
     listed = [four.scene(f"2020-0{month}-05T10:00:00", grid, pixels) for month in (5, 6, 7)]

@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as having
 from hypothesis import strategies as st
 
+from known_scenes import site_of
 from minecube import cube
 from minecube.catalog import Recipe
 from minecube.cli import cli
@@ -120,11 +121,11 @@ def built(store, site, years=(2019, 2020)):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, make):
+def whole(tmp_path_factory):
     """Two sites on grids of one size."""
     store = tmp_path_factory.mktemp("whole") / "cubes.zarr"
-    built(str(store), make.site("pit", 360000, 5600040, 240, 180))
-    built(str(store), make.site("quarry", 370020, 5600040, 240, 180), years=(2020,))
+    built(str(store), site_of("pit", 360000, 5600040, 240, 180))
+    built(str(store), site_of("quarry", 370020, 5600040, 240, 180), years=(2020,))
     return store
 
 
@@ -228,8 +229,8 @@ def test_a_shard_of_another_year_place_or_site(store, source, named):
     assert finding.found == f"is that of {named}"
 
 
-def test_a_shard_of_another_store(store, tmp_path, make):
-    other, site = str(tmp_path / "other.zarr"), make.site("pit", 360000, 5600040, 240, 180)
+def test_a_shard_of_another_store(store, tmp_path):
+    other, site = str(tmp_path / "other.zarr"), site_of("pit", 360000, 5600040, 240, 180)
     cube.create_site(cube.Store(other), site, grid_of(site), YEARS, RECIPE)
     cube.write_year(
         cube.Store(other), year_of(grid_of(site), 99), provenance(site, 2020), parquet(id=["a"])
@@ -365,9 +366,9 @@ def test_groups_that_hold_groups(store):
     ]
 
 
-def test_pixels_that_cannot_be(whole, tmp_path, make):
+def test_pixels_that_cannot_be(whole, tmp_path):
     """As a build with an error would commit them: all checksums are right."""
-    site = make.site("pit", 360000, 5600040, 240, 180)
+    site = site_of("pit", 360000, 5600040, 240, 180)
     grid = grid_of(site)
     for name, at, value, said in (
         ("reflectance", (1, 5, 70), 0, "1 pixels have a quality, but no reflectance in some band"),
@@ -395,7 +396,7 @@ def test_pixels_that_cannot_be(whole, tmp_path, make):
         ), name
 
 
-def test_labels(store, make):
+def test_labels(store):
     shard = store / "pit/footprint/c/2/1/1"  # of a year that is not built: labels do without
     kept = shard.read_bytes()
     flip(shard, 30)
@@ -407,8 +408,8 @@ def test_labels(store, make):
     assert "origin or checksums are not what was written" in " ".join(map(str, found(store)))
 
 
-def test_labels_written_again_bring_their_checksums_along(store, make):
-    grid = grid_of(make.site("pit", 360000, 5600040, 240, 180))
+def test_labels_written_again_bring_their_checksums_along(store):
+    grid = grid_of(site_of("pit", 360000, 5600040, 240, 180))
     mask = np.full((1, *grid.shape), 255, np.uint8)
     mask[0, :10, :10] = 1  # eleven of its twelve blocks are no objects any more
     masks = xr.DataArray(
@@ -467,8 +468,8 @@ def test_a_year_being_built_is_left_out(store):
     assert found(store) == ()
 
 
-def test_a_resumed_build_has_all_its_checksums(tmp_path, make):
-    site, store = make.site("pit", 360000, 5600040, 240, 180), str(tmp_path / "cubes.zarr")
+def test_a_resumed_build_has_all_its_checksums(tmp_path):
+    site, store = site_of("pit", 360000, 5600040, 240, 180), str(tmp_path / "cubes.zarr")
     made, told = year_of(grid_of(site), 1), provenance(site, 2020)
     cube.create_site(cube.Store(store), site, grid_of(site), YEARS, RECIPE)
     asked = iter([False, False, True])
@@ -493,9 +494,9 @@ def test_a_resumed_build_has_all_its_checksums(tmp_path, make):
     assert len(cube.read_markers(cube.Store(store), "pit")[2020]["checksums"]) == 3 * 11 + 4
 
 
-def test_blocks_that_an_older_version_left_in_the_cube_are_removed(tmp_path, make):
+def test_blocks_that_an_older_version_left_in_the_cube_are_removed(tmp_path):
     """Versions without staging wrote blocks into the cube itself, and noted in the marker what they were building."""
-    site, store = make.site("pit", 360000, 5600040, 240, 180), tmp_path / "cubes.zarr"
+    site, store = site_of("pit", 360000, 5600040, 240, 180), tmp_path / "cubes.zarr"
     cube.create_site(cube.Store(store), site, grid_of(site), YEARS, RECIPE)
     zarr.open_array(f"{store}/pit/reflectance", mode="r+")[1, :, :64, :64] = 7
     marker = zarr.open_group(str(store), mode="a").create_group("pit/builds/2020")
@@ -512,8 +513,8 @@ def test_blocks_that_an_older_version_left_in_the_cube_are_removed(tmp_path, mak
     assert found(store) == ()
 
 
-def test_what_was_rebuilt_and_extended_passes(store, make):
-    site = make.site("pit", 360000, 5600040, 240, 180)
+def test_what_was_rebuilt_and_extended_passes(store):
+    site = site_of("pit", 360000, 5600040, 240, 180)
     cube.create_site(cube.Store(store), site, grid_of(site), [2023], RECIPE)
     assert found(store) == ()
     cube.write_year(
@@ -526,7 +527,7 @@ def test_what_was_rebuilt_and_extended_passes(store, make):
     assert {f.kind for f in found(store)} == {"stale"}  # the prediction has not seen it
 
 
-def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_path, make):
+def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_path):
     flip(store / SHARD, 1000)
     out = tmp_path / "found.json"
     ran = CliRunner().invoke(cli, ["verify", "--store", str(store), "--json", str(out)])
@@ -544,7 +545,7 @@ def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_pa
     assert said["findings"][0]["what"] == "reflectance/c/1/0/1/2"
     assert any(line.startswith(command) for line in said["commands"])
     # The build that is there is not made again, until its commit is taken off.
-    site = make.site("pit", 360000, 5600040, 240, 180)
+    site = site_of("pit", 360000, 5600040, 240, 180)
     again = (
         cube.Store(store),
         year_of(grid_of(site), 2020),
@@ -592,10 +593,10 @@ def test_a_store_that_is_not_ours(tmp_path, make_it, said):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, make):
+def tiny(tmp_path_factory):
     """One block, so that many bits can be tried."""
     store = tmp_path_factory.mktemp("tiny") / "cubes.zarr"
-    built(str(store), make.site("pit", 360000, 5600040, 60, 48), years=(2020,))
+    built(str(store), site_of("pit", 360000, 5600040, 60, 48), years=(2020,))
     return store
 
 
@@ -636,14 +637,14 @@ def same_to_a_reader(path):
         return None
 
 
-def test_in_an_object_store(bucket, make):
+def test_in_an_object_store(bucket):
     """An S3 server: listed, verified, damaged, found, taken back."""
     import obstore
 
     url = f"{bucket}/a/cubes.zarr"
     with pytest.raises(CubeError, match="no site of minecube"):
         cube.verify(cube.Store(url))
-    built(url, make.site("pit", 360000, 5600040, 240, 180), years=(2020,))
+    built(url, site_of("pit", 360000, 5600040, 240, 180), years=(2020,))
     report = cube.verify(cube.Store(url))
     assert report.findings == ()
     assert report.objects > 50
@@ -660,8 +661,8 @@ def test_in_an_object_store(bucket, make):
     assert cube.read_markers(cube.Store(url), "pit") == {}
 
 
-def test_blocks_computed_in_other_processes_have_checksums(tmp_path, make):
-    site, store = make.site("pit", 360000, 5600040, 240, 180), str(tmp_path / "cubes.zarr")
+def test_blocks_computed_in_other_processes_have_checksums(tmp_path):
+    site, store = site_of("pit", 360000, 5600040, 240, 180), str(tmp_path / "cubes.zarr")
     made = year_of(grid_of(site), 1)
     cube.create_site(cube.Store(store), site, grid_of(site), YEARS, dataclasses.replace(RECIPE))
     cube.write_year(
@@ -674,9 +675,9 @@ def test_blocks_computed_in_other_processes_have_checksums(tmp_path, make):
     assert found(store) == ()
 
 
-def test_a_year_that_is_built_again_while_it_is_verified_is_no_damage(store, make, monkeypatch):
+def test_a_year_that_is_built_again_while_it_is_verified_is_no_damage(store, monkeypatch):
     """And `uncommit` leaves the new year alone."""
-    site = make.site("pit", 360000, 5600040, 240, 180)
+    site = site_of("pit", 360000, 5600040, 240, 180)
     flip(store / SHARD, 1000)
     judged = cube.verify(cube.Store(store)).committed["pit"]
     module = sys.modules["minecube.cube.verify"]

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import settings as having
 from hypothesis import strategies as st
 
+from known_scenes import site_of
 from minecube import cube, train
 from minecube.catalog import ModelCard, Recipe, TrainingSettings
 from minecube.cube.read import pixels as module
@@ -69,12 +70,12 @@ def built(store, site, years, recipe=RECIPE):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory, make):
+def store(tmp_path_factory):
     where = cube.Store(tmp_path_factory.mktemp("windows") / "cubes.zarr")
     for n, (name, (width, height)) in enumerate(SIZES.items()):
         built(
             where,
-            make.site(name, 360000 + n * 6000, 5600040, width, height),
+            site_of(name, 360000 + n * 6000, 5600040, width, height),
             [2019, 2020, 2022, 2023],
         )
     return where
@@ -244,7 +245,7 @@ def test_workers_cut_the_same(store):
 
 
 @pytest.mark.parametrize("how", ["url", "codec"])
-def test_what_is_not_read_here_is_read_by_zarr(store, how, monkeypatch, tmp_path, make, bucket):
+def test_what_is_not_read_here_is_read_by_zarr(store, how, monkeypatch, tmp_path, bucket):
     where = cube.Store(f"{bucket}/cubes.zarr")
     if how == "url":
         there = obstore.store.from_url(str(where))
@@ -258,14 +259,14 @@ def test_what_is_not_read_here_is_read_by_zarr(store, how, monkeypatch, tmp_path
             "encoding_of",
             lambda v, r, real=creation.encoding_of: real(v, r) | {"compressors": packed},
         )
-        built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020, 2022, 2023])
+        built(where, site_of("pit", 360000, 5600040, 240, 180), [2019, 2020, 2022, 2023])
     assert module.Pixels.open(where, "pit/reflectance").decoder is None
     assert module.Pixels.open(store, "pit/reflectance").decoder is not None
     for index in range(5):
         is_plain(store, cube.CubeDataset(where, ["pit"], size=100, length=5), index)
 
 
-def test_an_older_cubes_packing_is_read_too(store, monkeypatch, tmp_path, make):
+def test_an_older_cubes_packing_is_read_too(store, monkeypatch, tmp_path):
     """Zstandard, as Zarr has it by itself."""
     where = cube.Store(tmp_path / "cubes.zarr")
     monkeypatch.setattr(
@@ -273,7 +274,7 @@ def test_an_older_cubes_packing_is_read_too(store, monkeypatch, tmp_path, make):
         "encoding_of",
         lambda v, r, real=creation.encoding_of: real(v, r) | {"compressors": "auto"},
     )
-    built(where, make.site("pit", 360000, 5600040, 240, 180), [2019, 2020])
+    built(where, site_of("pit", 360000, 5600040, 240, 180), [2019, 2020])
     assert module.Pixels.open(where, "pit/reflectance").decoder.codec.codec_id == "zstd"
     is_plain(where, cube.CubeDataset(where, size=100, length=1), 0)
 
@@ -292,20 +293,20 @@ def test_what_cannot_be_had_is_said(store, how, said):
         cube.CubeDataset(store, **how)
 
 
-def test_sites_that_do_not_fit_into_one_batch(tmp_path, make):
+def test_sites_that_do_not_fit_into_one_batch(tmp_path):
     where = cube.Store(tmp_path / "cubes.zarr")
-    built(where, make.site("a", 360000, 5600040, 60, 60), [2019, 2020, 2021])
-    built(where, make.site("b", 366000, 5600040, 60, 60), [2019, 2020])
+    built(where, site_of("a", 360000, 5600040, 60, 60), [2019, 2020, 2021])
+    built(where, site_of("b", 366000, 5600040, 60, 60), [2019, 2020])
     with pytest.raises(CubeError, match=r"sites differ in years \(\(2019,\) and \(2019, 2020\)\)"):
         cube.CubeDataset(where)
     assert len(cube.CubeDataset(where, view="year")) == 2
     assert len(cube.CubeDataset(where, years=[2019])) == 2
 
 
-def test_shards_that_change_under_a_dataset(tmp_path, make):
+def test_shards_that_change_under_a_dataset(tmp_path):
     """One that is replaced is read anew; one that ends too early is an error, not a window of what was read before."""
     where = cube.Store(tmp_path / "cubes.zarr")
-    built(where, make.site("pit", 360000, 5600040, 60, 60), [2019, 2020])
+    built(where, site_of("pit", 360000, 5600040, 60, 60), [2019, 2020])
     dataset = cube.CubeDataset(where, size=60)
     is_plain(where, dataset, 0)
     array = zarr.open_array(f"{where}/pit/reflectance", mode="r+")
@@ -378,12 +379,12 @@ def test_any_part_of_reflectance_is_that_of_the_opened_cube(store, zarr_reads, d
 @pytest.mark.skipif(
     not Path("/proc/self/smaps").exists(), reason="tells what of a file is in this process's memory"
 )
-def test_a_site_that_is_read_through_does_not_stay_in_memory(tmp_path, make):
+def test_a_site_that_is_read_through_does_not_stay_in_memory(tmp_path):
     store, recipe = (
         cube.Store(tmp_path / "cubes.zarr"),
         dataclasses.replace(RECIPE, block_px=256, chunk_px=128),
     )
-    built(store, make.site("pit", 360000, 5600040, 600, 500), [2019, 2020], recipe)
+    built(store, site_of("pit", 360000, 5600040, 600, 500), [2019, 2020], recipe)
     array = zarr.open_array(str(store), path="pit/reflectance", mode="r+")
     array[:1] = np.random.default_rng(0).integers(1, 65535, (1, *array.shape[1:]), np.uint16)
     cube.open_reflectance(store, "pit").load()

@@ -22,6 +22,7 @@ import torch
 import xarray as xr
 from click.testing import CliRunner
 
+from known_scenes import site_of
 from minecube import cube, models
 from minecube.catalog import load_models, load_recipes
 from minecube.cli import cli
@@ -35,12 +36,12 @@ WORKFLOWS = Path(__file__).parents[1] / "workflows"
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, make):
+def world(tmp_path_factory):
     """Two small sites in one archive, built by the plain command."""
     folder = tmp_path_factory.mktemp("world")
     sites = [
-        make.site("north", 360000, 5600040, 60, 48),
-        make.site("south", 363000, 5590020, 48, 60),
+        site_of("north", 360000, 5600040, 60, 48),
+        site_of("south", 363000, 5590020, 48, 60),
     ]
     simulate_archive(
         sites,
@@ -239,7 +240,7 @@ def test_workers_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
     assert found == (cube.Store("s3://bucket/cubes"), "unet-small", None)
 
 
-def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monkeypatch, make):
+def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     job = build.BuildJob(
         store=cube.Store("cubes.zarr"),
@@ -249,7 +250,7 @@ def test_workers_that_build_in_other_folders_find_the_same_files(tmp_path, monke
     )
     monkeypatch.setattr(build, "build_year", lambda job, *_: job)
     with ThreadPoolExecutor(1) as pool:
-        (given,) = build._build_all(job, [(make.site("a", 360000, 5600040, 60, 48), 2022)], pool)
+        (given,) = build._build_all(job, [(site_of("a", 360000, 5600040, 60, 48), 2022)], pool)
     assert given == dataclasses.replace(
         job, store=cube.Store(tmp_path / "cubes.zarr"), snapshots=tmp_path / "lists"
     )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from known_scenes import site_of
 from minecube import scenes
 from minecube.catalog import Offset, Registration, load_recipes, load_sources
 from minecube.composite import composite
@@ -19,10 +20,10 @@ RECIPE = load_recipes()["annual-median"]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, make):
+def world(tmp_path_factory):
     """(site, sources by id, truth) of 120 x 96 px listed by all three, 2020 and 2022."""
     folder = tmp_path_factory.mktemp("world") / "archive"
-    site = make.site("pit", 360000, 5600040, 120, 96)
+    site = site_of("pit", 360000, 5600040, 120, 96)
     simulate_archive([site], folder, World(years=(2020, 2022), dates_per_year=12, winter_dates=1))
     truth = xr.open_zarr(folder / "truth.zarr", group="pit", consolidated=False).load()
     return site, load_sources(folder / "sources.yaml"), truth
@@ -114,9 +115,9 @@ def test_each_step_of_the_mask_earns_its_place(world, without):
         assert with_it < without_it
 
 
-def test_scenes_beside_each_other_cost_no_dates(tmp_path, make):
+def test_scenes_beside_each_other_cost_no_dates(tmp_path):
     """Until 2021 scenes lie about 6 m off: the shipped recipe keeps them all, and in a year of few is nearer to the truth."""
-    site = make.site("pit", 360000, 5600040, 120, 120)
+    site = site_of("pit", 360000, 5600040, 120, 120)
     simulate_archive(
         [site],
         tmp_path / "w",
