@@ -79,8 +79,10 @@ def _sum_group(forward: Forward, pixels: UInt16, lefts: Sequence[int], ramp: Ten
     trained = forward.trained
     group = normalise(pixels[..., start : lefts[-1] + side], trained.mean, trained.std)
     columns = [left - start for left in lefts]
-    windows = np.stack([group[..., column : column + side] for column in columns])
-    logits = forward(torch.from_numpy(windows))
+    # Bands last in memory, as convolutions on a CPU compute: torch would transpose each window.
+    bands_last = np.ascontiguousarray(np.moveaxis(group, 1, -1))
+    windows = np.stack([bands_last[:, :, column : column + side] for column in columns])
+    logits = forward(torch.from_numpy(np.moveaxis(windows, -1, 2)))
     total = torch.zeros((*logits.shape[1:4], group.shape[-1]), dtype=torch.int64)
     for column, window in zip(columns, weight_logits(logits, ramp), strict=True):
         add_window(total, column, window)

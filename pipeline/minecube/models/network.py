@@ -305,9 +305,10 @@ def normalise(windows: UInt16 | Float32, mean: Sequence[float], std: Sequence[fl
     Unobserved pixels become zero.
     """
     shape = (-1, 1, 1)
-    values: Float32 = windows - np.asarray(mean, np.float32).reshape(shape)
+    values = windows.astype(np.float32)
+    values -= np.asarray(mean, np.float32).reshape(shape)
     values /= np.asarray(std, np.float32).reshape(shape)
-    np.putmask(values, ~(windows > 0), 0)
+    np.copyto(values, 0, where=~(windows > 0))
     return values
 
 
