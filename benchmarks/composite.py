@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -659,6 +660,11 @@ def measure_quality(folder: Path, picture: Path | None, print_table: PrintTable)
         simulate_archive(sites, folder / str(number), world)
         years = load_site_years(folder / str(number), sites)
         measured[name] = _score_ways(years, name, print_table)
+        if number == 0:
+            name = "simulated world with a fifth of its scenes two pixels astray"
+            measured[name] = _score_ways(
+                displace_scenes(years, folder / "astray"), name, print_table
+            )
         if picture and number == 0:
             pictured = next(y for y in years if y.name == "demo_3" and y.year == YEARS[-1])
             draw_picture(pictured, picture)
@@ -777,6 +783,31 @@ def load_site_years(world: Path, sites: Sequence[Any]) -> list[SiteYear]:
                     )
                 )
     return site_years
+
+
+def displace_scenes(years: Sequence[SiteYear], folder: Path) -> list[SiteYear]:
+    """Move a fifth of the scenes by 20 m, in copies of their files with another transform.
+
+    The oracle's pixels stay where they were.
+    """
+    rng = np.random.default_rng(1)
+    folder.mkdir()
+    displaced = []
+    for year in years:
+        items = [item.clone() for item in year.scenes]
+        for item in items:
+            if rng.random() >= 0.2:
+                continue
+            east, north = ((20, 0), (-20, 0), (0, 20), (0, -20))[rng.integers(4)]
+            for band in (*BANDS, SCL):
+                asset = item.assets[band]
+                copy = folder / f"{year.name}_{item.id}_{band}.tif"
+                shutil.copy(asset.href.removeprefix("file://"), copy)
+                with rasterio.open(copy, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as image:
+                    image.transform = Affine.translation(east, north) * image.transform
+                asset.href = str(copy)
+        displaced.append(dataclasses.replace(year, scenes=items))
+    return displaced
 
 
 def compute_oracle(
