@@ -96,13 +96,14 @@ def test_files_that_are_gone_for_good_are_told_from_others(band, archive, status
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504])
-def test_what_passes_is_tried_until_patience_ends(band, status, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE_S", 1.0)
+def test_what_passes_is_tried_until_patience_ends(band, status, clock):
     folder, grid, _ = band
+    start = clock.now
     with serve(folder, "--fail", 1, "--status", status) as url:
         with pytest.raises(ReadError, match=rf"HTTP {status}, after \d+ tries in \d+ s"):
             read(f"{url}/B04.tif", grid)
         assert counts(url)["requests"] >= 4
+    assert 0 < clock.now - start - module.PATIENCE_S < 20  # the last pause is of 15 s at most
 
 
 REFUSED = r"127\.0\.0\.1:1 cannot be reached \(Connection refused\): check the address, and that the server is running"
@@ -246,8 +247,8 @@ class Misnumbered(Ranged):
         (302, {"Location": "http://[::1/x"}),
     ],
 )
-def test_headers_without_sense_are_a_failed_read(band, monkeypatch, status, sent):
-    monkeypatch.setattr(module, "PATIENCE_S", 0.5)
+@pytest.mark.usefixtures("clock")
+def test_headers_without_sense_are_a_failed_read(band, status, sent):
     folder, grid, _ = band
     handler = functools.partial(Misnumbered, status, sent, directory=str(folder))
     with running(handler) as url, pytest.raises(ReadError, match=r"B04\.tif: cannot be read"):

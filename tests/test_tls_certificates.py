@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from known_servers import Ranged
-from minecube import network
+from minecube.catalog import Access
 from minecube.errors import ReadError
 from minecube.reader import read
-from minecube.reader import remote as module
+from minecube.reader.remote import Session
 
 pytestmark = pytest.mark.usefixtures("all_hosts_are_tried")
 
@@ -66,21 +66,17 @@ def test_a_file_is_read_over_tls_from_a_server_with_a_trusted_certificate(
     band, certificate, monkeypatch
 ):
     folder, grid, pixels = band
-    monkeypatch.setattr(
-        module, "_REMOTES", {}
-    )  # connections keep the certificates that they began with
     handler = functools.partial(Ranged, directory=str(folder))
     with running_tls(handler, certificate) as url:
-        monkeypatch.setattr(network, "REFUSED_S", 0.0)
-        monkeypatch.setattr(network, "PATIENCE_S", 0.0)
+        # Connections keep the certificates that they began with: two accesses share none.
+        before, after = Access(connections=5), Access(connections=6)
         with pytest.raises(ReadError, match="certificate"):
-            read(f"{url}/B04.tif", grid)
-        with pytest.raises(requests.exceptions.SSLError), module.Session() as session:
+            read(f"{url}/B04.tif", grid, access=before)
+        with pytest.raises(requests.exceptions.SSLError), Session() as session:
             session.get(url, timeout=10)
-        monkeypatch.setattr(module, "_REMOTES", {})
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
-        np.testing.assert_array_equal(read(f"{url}/B04.tif", grid), pixels)
-        with module.Session() as session:
+        np.testing.assert_array_equal(read(f"{url}/B04.tif", grid, access=after), pixels)
+        with Session() as session:
             answer = session.get(f"{url}/B04.tif", timeout=10, headers={"Range": "bytes=0-9"})
             assert answer.content == (folder / "B04.tif").read_bytes()[:10]
