@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from known_scenes import site_of
 from known_simulations import SHIPPED, STYLES, acquisition, items, prop, read, simulate_small
 from minecube.catalog import Site, load_sources
 from minecube.errors import CatalogError
-from minecube.simulate import World, archive, simulate_archive
+from minecube.simulate import World, simulate_archive
 
 
 @pytest.fixture(scope="module")
@@ -236,14 +238,23 @@ def test_bad_sites_and_folders_are_refused_and_leave_nothing(tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "mine.txt"]
 
 
-def test_a_full_disk_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process grows beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(archive, "_write_cog", full)
-    with pytest.raises(CatalogError, match="No space left"):
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """The images fit, and the index of them does not."""
+    with (
+        files_up_to(50_000),
+        pytest.raises(CatalogError, match=r"cannot be written .*File too large"),
+    ):
         simulate_archive(
             [site_of("a", 360000, 5600040, 48, 48)],
             tmp_path / "out",
