@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
+from odc.geo.geobox import GeoBox
 
 from known_scenes import Archive, site_of
+from known_servers import write_band
 from minecube import network
 from minecube.catalog import Site
 from minecube.cube import store
@@ -55,6 +58,18 @@ def site() -> Site:
 @pytest.fixture
 def archive(tmp_path: Path) -> Archive:
     return Archive(tmp_path / "archive")
+
+
+@pytest.fixture
+def band(tmp_path: Path) -> tuple[Path, GeoBox, np.ndarray]:
+    """A folder with a tiled file of one band, and its grid and pixels."""
+    return write_band(tmp_path)
+
+
+@pytest.fixture
+def all_hosts_are_tried() -> None:
+    """No host of an earlier test is remembered as unreachable."""
+    network.forget_unreachable()
 
 
 @pytest.fixture

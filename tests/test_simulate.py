@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import defaultdict
 from datetime import date
 from pathlib import Path
@@ -17,70 +16,30 @@ import rasterio
 import rasterio.warp
 import shapely
 import xarray as xr
-from pyproj import Transformer
 from scipy import ndimage
-from shapely.geometry import box, shape
+from shapely.geometry import shape
 
-from minecube.catalog import BANDS, Site, load_sources
+from known_simulations import PLACE, SHIPPED, STYLES, acquisition, items, read, simulate_small
+from minecube.catalog import BANDS, Site
 from minecube.grid import grid_of, pad
-from minecube.simulate import MARGIN_M, World, simulate_archive
+from minecube.simulate import MARGIN_M
 from minecube.simulate.land import draw_ground, draw_land
 from minecube.simulate.noise import make_generators
-
-STYLES = ("earth-search", "planetary-computer", "cdse")
-SHIPPED = load_sources()
-WORLD = World(years=(2020, 2022), dates_per_year=6, winter_dates=1)
-
-
-def site_of(name: str, left: float, top: float, width: int, height: int) -> Site:
-    """A site whose grid, in zone 33, has this corner and these sides in pixels; its polygon stays 3 m inside."""
-    corners = box(left + 3, top - 10 * height + 3, left + 10 * width - 3, top - 3)
-    to_lonlat = Transformer.from_crs(32633, 4326, always_xy=True).transform
-    return Site(id=name, geometry=shapely.transform(corners, to_lonlat, interleaved=False))
 
 
 @pytest.fixture(scope="module")
 def place() -> Site:
-    """120 x 96 pixels in zone 33; its neighbour is zone 32."""
-    return site_of("small", 360000, 5600040, 120, 96)
+    return PLACE
 
 
 @pytest.fixture(scope="module")
-def world(place: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("simulated") / "world"
-    simulate_archive([place], out, WORLD)
-    return out
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulate_small(tmp_path_factory.mktemp("simulated"))
 
 
 @pytest.fixture(scope="module")
 def truth(world: Path) -> xr.Dataset:
     return xr.open_zarr(world / "truth.zarr", group="small", consolidated=False).load()
-
-
-def items(world: Path, style: str, year: int | None = None) -> list[dict[str, Any]]:
-    found = [json.loads(p.read_text()) for p in sorted((world / style).glob("*/item.json"))]
-    return [i for i in found if year is None or i["properties"]["datetime"].startswith(str(year))]
-
-
-def read(world: Path, style: str, item: dict[str, Any], band: str) -> np.ndarray:
-    key = SHIPPED[style].assets[band]
-    with rasterio.open(world / style / item["id"] / item["assets"][key]["href"]) as file:
-        return file.read(1)
-
-
-def prop(item: dict[str, Any], name: str) -> Any:
-    """A property by Earth Search's name, whoever wrote the item."""
-    p = item["properties"]
-    return p.get(f"s2:{name}") or p.get(f"eopf:{name}")
-
-
-def acquisition(item: dict[str, Any]) -> tuple[str, str, str]:
-    """Datatake without its baseline, tile, start of the datastrip: the same for all processings everywhere."""
-    strip = re.search(r"_S(\d{8}T\d{6})_", prop(item, "datastrip_id"))
-    p = item["properties"]
-    tile = p.get("s2:mgrs_tile") or p["grid:code"].removeprefix("MGRS-")
-    assert strip
-    return prop(item, "datatake_id").rpartition("_")[0], tile, strip.group(1)
 
 
 def baseline(item: dict[str, Any]) -> str:

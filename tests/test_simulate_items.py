@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import odc.geo.xr  # noqa: F401 - the .odc accessor
 import pandas as pd
 import pyarrow.parquet as pq
@@ -24,46 +25,15 @@ from rio_cogeo.cogeo import cog_validate
 from shapely.geometry import shape
 
 from known_scenes import site_of
+from known_simulations import SHIPPED, STYLES, acquisition, items, prop, read, simulate_small
 from minecube.catalog import Site, load_sources
 from minecube.errors import CatalogError
-from minecube.simulate import World, archive, simulate_archive
-
-STYLES = ("earth-search", "planetary-computer", "cdse")
-SHIPPED = load_sources()
+from minecube.simulate import World, simulate_archive
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("simulated") / "world"
-    place = site_of("small", 360000, 5600040, 120, 96)
-    simulate_archive([place], out, World(years=(2020, 2022), dates_per_year=6, winter_dates=1))
-    return out
-
-
-def items(world: Path, style: str, year: int | None = None) -> list[dict[str, Any]]:
-    found = [json.loads(p.read_text()) for p in sorted((world / style).glob("*/item.json"))]
-    return [i for i in found if year is None or i["properties"]["datetime"].startswith(str(year))]
-
-
-def read(world: Path, style: str, item: dict[str, Any], band: str) -> np.ndarray:
-    key = SHIPPED[style].assets[band]
-    with rasterio.open(world / style / item["id"] / item["assets"][key]["href"]) as file:
-        return file.read(1)
-
-
-def prop(item: dict[str, Any], name: str) -> Any:
-    """A property by Earth Search's name, whoever wrote the item."""
-    p = item["properties"]
-    return p.get(f"s2:{name}") or p.get(f"eopf:{name}")
-
-
-def acquisition(item: dict[str, Any]) -> tuple[str, str, str]:
-    """Datatake without its baseline, tile, start of the datastrip: the same for all processings everywhere."""
-    strip = re.search(r"_S(\d{8}T\d{6})_", prop(item, "datastrip_id"))
-    p = item["properties"]
-    tile = p.get("s2:mgrs_tile") or p["grid:code"].removeprefix("MGRS-")
-    assert strip
-    return prop(item, "datatake_id").rpartition("_")[0], tile, strip.group(1)
+    return simulate_small(tmp_path_factory.mktemp("simulated"))
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -268,14 +238,23 @@ def test_bad_sites_and_folders_are_refused_and_leave_nothing(tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "full", "mine.txt"]
 
 
-def test_a_full_disk_leaves_nothing_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """No file of this process grows beyond so many bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(archive, "_write_cog", full)
-    with pytest.raises(CatalogError, match="No space left"):
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """The images fit, and the index of them does not."""
+    with (
+        files_up_to(50_000),
+        pytest.raises(CatalogError, match=r"cannot be written .*File too large"),
+    ):
         simulate_archive(
             [site_of("a", 360000, 5600040, 48, 48)],
             tmp_path / "out",
