@@ -6,15 +6,15 @@ import functools
 import json
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-PAGE = 10
-"""Items per page."""
+_SPACES = 1_000_000
 
 
 @dataclass
@@ -43,11 +43,20 @@ class Api:
     """Where the catalogue redirects to."""
     search_href: str = ""
     """Link to the search."""
+    page_size: int = 10
+    page_bytes: list[int] = field(default_factory=list)
+    """Unpacked sizes of the next pages with items, filled up with spaces."""
+    endless: bool = False
+    """Let each page link to itself as the next one."""
+    month: str = ""
+    """The month that has all items, whatever time they name."""
+    down: str = ""
+    """Refuse searches of a time that begins so."""
 
 
 @contextmanager
 def serve_api(items: list[Any]) -> Iterator[Api]:
-    """Answer GET / and POST /search from a list of items, ten a page."""
+    """Answer GET / and POST /search from a list of items, page by page."""
     api = Api(items)
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Handler, api))
     api.url = f"http://127.0.0.1:{server.server_port}"
@@ -86,9 +95,13 @@ class _Handler(BaseHTTPRequestHandler):
         status: int = 200,
         kind: str = "application/geo+json",
         retry_after: str = "",
+        size: int = 0,
     ) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
+        if size:
+            body = _pack(body, size)
+            self.send_header("Content-Encoding", "gzip")
         if retry_after:
             self.send_header("Retry-After", retry_after)
         self.send_header("Content-Type", kind)
@@ -119,8 +132,24 @@ class _Handler(BaseHTTPRequestHandler):
                 status=429 if api.retry_after else 503,
                 retry_after=api.retry_after,
             )
+        elif api.down and asked["datetime"].startswith(api.down):
+            self.answer({"code": "refused"}, status=400)
         else:
-            self.answer(_search_page(api, asked))
+            page = _search_page(api, asked)
+            size = api.page_bytes.pop(0) if page["features"] and api.page_bytes else 0
+            self.answer(page, size=size)
+
+
+def _pack(body: bytes, size: int) -> bytes:
+    """Fill up with spaces to this size, and compress."""
+    spaces, rest = divmod(size - len(body), _SPACES)
+    return _gzip(body) + spaces * _gzip(b" " * _SPACES) + _gzip(b" " * rest)
+
+
+def _gzip(content: bytes) -> bytes:
+    """Compress to an eighth at best: clients unpack more at once only slowly."""
+    packer = zlib.compressobj(wbits=31, strategy=zlib.Z_HUFFMAN_ONLY)
+    return packer.compress(content) + packer.flush()
 
 
 def _landing_page(api: Api) -> dict[str, Any]:
@@ -148,12 +177,15 @@ def _landing_page(api: Api) -> dict[str, Any]:
 
 def _search_page(api: Api, asked: dict[str, Any]) -> dict[str, Any]:
     first, last = asked["datetime"].split("/")
-    match = [i for i in api.items if first <= i["properties"]["datetime"] <= last]
+    if api.month:
+        match = api.items if first.startswith(api.month) else []
+    else:
+        match = [i for i in api.items if first <= i["properties"]["datetime"] <= last]
     at = asked.get("token", 0)
-    page = match[at : at + PAGE]
+    page = match[at : at + api.page_size]
     links = []
-    if at + PAGE < len(match):
-        body = {**asked, "token": at + PAGE}
+    if at + api.page_size < len(match):
+        body = {**asked, "token": at if api.endless else at + api.page_size}
         href = api.next_href or f"{api.url}/search"
         links = [{"rel": "next", "href": href, "method": "POST", "body": body}]
     # A page that repeats an item of the last one, as the recorded searches do.

@@ -7,7 +7,6 @@ import dataclasses
 import time
 
 import pytest
-import shapely
 
 from known_api import serve_recorded_search
 from known_scenes import site_of
@@ -15,7 +14,6 @@ from minecube import network, scenes
 from minecube.catalog import Site, load_sources
 from minecube.errors import SceneError
 from minecube.scenes import api as stac_api
-from minecube.scenes import site_year
 
 
 @pytest.fixture
@@ -122,35 +120,31 @@ def test_a_search_link_leads_to_the_web(api, searched, href):
         scenes.search(*searched_as(searched))
 
 
-def test_pages_without_end_are_given_up(api, searched, monkeypatch):
-    monkeypatch.setattr(stac_api, "_PAGES", 1)
-    with pytest.raises(SceneError, match="expected at most 1 pages of 2020-03, found more"):
+def test_pages_without_end_are_given_up(api, searched):
+    api.endless, api.page_size = True, 1
+    site, source = searched
+    with pytest.raises(SceneError, match="expected at most 200 pages of 2020-03, found more"):
+        scenes.search(site, 2020, dataclasses.replace(source, searches_per_s=100))
+    assert api.posts == 2 + 201  # of January and February, and of March
+
+
+def test_an_answer_that_is_too_long_is_given_up(api, searched):
+    """As it is unpacked: 100 MB of it take 12 MB."""
+    api.page_bytes = [100_000_001]
+    with pytest.raises(SceneError, match="expected an answer of at most 100,000,000 bytes"):
         scenes.search(*searched_as(searched))
 
 
-def test_an_answer_that_is_too_long_is_given_up(api, searched, monkeypatch):
-    monkeypatch.setattr(stac_api, "_PAGE_BYTES", 5000)
-    with pytest.raises(SceneError, match="expected an answer of at most 5,000 bytes"):
-        scenes.search(*searched_as(searched))
-
-
-def test_a_month_has_a_limit_of_bytes(api, searched, monkeypatch):
-    """The recorded month has two pages, and each month has a limit of its own."""
-    answers = []
-    bounded = stac_api._read_body
-    monkeypatch.setattr(
-        stac_api, "_read_body", lambda *args: answers.append(bounded(*args)) or answers[-1]
-    )
+def test_a_month_has_a_limit_of_bytes(api, searched):
+    """The recorded month has the most bytes in three pages, and each month has a limit of its own."""
     found = scenes.search(*searched_as(searched)).scenes
-    sizes = [len(answer) for answer in answers]
-    two = sum(sorted(sizes)[-2:])  # the only month with items
-    assert two < sum(sizes)
-    network.forget_unreachable()
-    monkeypatch.setattr(stac_api, "_MONTH_BYTES", two)
+    api.page_size, third = 6, 66_666_666
+    api.page_bytes = [third + 1, third + 1, third]
     assert [s.id for s in scenes.search(*searched_as(searched)).scenes] == [s.id for s in found]
-    monkeypatch.setattr(stac_api, "_MONTH_BYTES", two - 1)
+    assert not api.page_bytes
+    api.page_bytes = [third + 1, third + 1, third + 1]
     with pytest.raises(
-        SceneError, match=f"expected at most {two - 1:,} bytes of one month, found more"
+        SceneError, match="expected at most 200,000,000 bytes of one month, found more"
     ):
         scenes.search(*searched_as(searched))
 
@@ -212,32 +206,17 @@ def test_years_without_sentinel_2(searched, year):
 
 
 def test_items_without_id_are_refused_one_by_one_and_pages_with_them_are_read(api, searched):
-    """Three of a month: null instead of an item, an item of null id, one without id. The others are found."""
-    site, source = searched
-    march = [item for item in api.items if item["properties"]["datetime"].startswith("2020-03")]
-    nameless, null = copy.deepcopy(march[:2])
+    """Three more of a month: null instead of an item, an item of null id, one without id. The others are found."""
+    listed = scenes.search(*searched_as(searched)).listed
+    (known,) = [item for item in api.items if item["id"] == "S2A_32TNT_20200302_1_L2A"]
+    nameless, null = copy.deepcopy(known), copy.deepcopy(known)
     del nameless["id"]
     null["id"] = None
-    listed = {stac_api._key(item): item for item in march}
-    page = {"features": [*march, nameless, null, None]}
-
-    class Client:
-        def search(self, **_):
-            return self
-
-        def pages_as_dicts(self):
-            return [page]
-
-    ids, matched = stac_api._search_month(
-        Client(), source.collection, shapely.box(0, 0, 1, 1), "2020-03"
-    )
-    assert matched is None
-    assert len(ids) == len(listed) + 3
-    assert list(ids.values())[-1] == {}
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(site_year, "list_features", lambda *_: list(copy.deepcopy(ids).values()))
-        found = scenes.search(site, 2020, source)
-    assert "S2A_32TNT_20200302_1_L2A" in [scene.id for scene in found.scenes]
+    api.items += [nameless, null, None]
+    api.month = "2020-03"
+    found = scenes.search(*searched_as(searched))
+    assert found.listed == listed + 3
+    assert [scene.id for scene in found.scenes] == ["S2A_32TNT_20200302_1_L2A"]
     assert [
         reason.partition(": ")[2]
         for name, reason in found.refused.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import geopandas as gpd
@@ -18,10 +19,10 @@ from click.testing import CliRunner
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from known_api import serve_api
 from known_scenes import site_of
-from minecube import report, scenes
+from minecube import report
 from minecube.cli import cli
-from minecube.errors import SceneError
 from minecube.scenes import coverage
 from minecube.simulate import World, passes, simulate_archive
 
@@ -202,16 +203,27 @@ def test_a_source_that_does_not_answer(gone, tmp_path):
     assert not (tmp_path / "audit").exists()
 
 
-def test_a_year_that_could_not_be_audited_leaves_the_others(world, tmp_path, monkeypatch):
-    search = scenes.search
+@pytest.fixture
+def half_down(world, tmp_path):
+    """The same catalogue by APIs that refuse searches of 2020."""
+    shutil.copytree(world, tmp_path / "world")
+    path = tmp_path / "world" / "catalog" / "sources.yaml"
+    known = yaml.safe_load(path.read_text())
+    with ExitStack() as servers:
+        for style in ("earth-search", "planetary-computer"):
+            items = [i.to_dict(transform_hrefs=False) for i in raw_items(world, style)]
+            api = servers.enter_context(serve_api(items))
+            api.down = "2020"
+            for item in items:
+                for band, asset in item["assets"].items():
+                    asset["href"] = f"{api.url}/{band}.tif"
+            known[f"sim-{style}"] |= {"kind": "stac-api", "href": api.url, "searches_per_s": 100}
+        path.write_text(yaml.safe_dump(known))
+        yield tmp_path / "world"
 
-    def sometimes(site, year, *sources):
-        if year == 2020:
-            raise SceneError("the API is down")
-        return search(site, year, *sources)
 
-    monkeypatch.setattr(scenes, "search", sometimes)
-    _, err = run(world, tmp_path / "audit", ok=1)
+def test_a_year_that_could_not_be_audited_leaves_the_others(half_down, tmp_path):
+    _, err = run(half_down, tmp_path / "audit", ok=1)
     assert err.count("error: pit 2020 is not audited, sim-") == 2
     assert "1 could not be audited" in err
     assert set(pd.read_parquet(tmp_path / "audit" / "audit.parquet")["year"]) == {2022}

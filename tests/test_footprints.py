@@ -98,6 +98,14 @@ def test_a_footprint_without_area_refuses_its_item_by_name_and_no_other(archive,
     )
 
 
+def _deep(depth):
+    """A geometry of collections in collections."""
+    geometry = {"type": "GeometryCollection", "geometries": []}
+    for _ in range(depth):
+        geometry = {"type": "GeometryCollection", "geometries": [geometry]}
+    return geometry
+
+
 MALFORMED = [
     {"type": "Polygon"},
     {"type": "Blob", "coordinates": []},
@@ -112,6 +120,7 @@ MALFORMED = [
     },
     {"coordinates": [1]},
     {},
+    _deep(3000),
 ]
 
 

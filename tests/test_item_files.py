@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import os
+import threading
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +25,6 @@ from known_items import LEFT, TOP, features_of, write_features
 from known_scenes import grid_at, serve, site_of, unique_pixels
 from minecube import scenes
 from minecube.errors import SceneError
-from minecube.reader import remote
 from minecube.scenes import item_file, parquet
 
 
@@ -52,21 +57,32 @@ def test_a_remote_file_of_items_and_its_images(archive, tmp_path, served):
         )
 
 
-def test_a_file_of_too_many_items_is_not_read(archive, monkeypatch):
-    item = archive.item("2020-07-05T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
-    table = stac_geoparquet.arrow.parse_stac_items_to_arrow([item.to_dict(transform_hrefs=False)])
-    stac_geoparquet.arrow.to_parquet(table, archive.source.href)
-    site = site_of("s", LEFT, TOP, 60, 60)
-    assert scenes.search(site, 2020, archive.source).scenes
-    item_file._cache.clear()
-    for limit, value in (("_MOST_ITEMS", 0), ("MOST_BYTES", 100)):
-        with monkeypatch.context() as patched:
-            patched.setattr(parquet, limit, value)
-            patched.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("it was read"))
-            with pytest.raises(
-                SceneError, match="cannot be read as stac-geoparquet \\(expected at most"
-            ):
-                scenes.search(site, 2020, archive.source)
+def test_a_file_of_too_many_items_is_not_read(archive):
+    """Its footer says enough: these files have nothing else."""
+    folder, site = archive.root, site_of("s", LEFT, TOP, 60, 60)
+    folder.mkdir()
+    one = pa.table({"id": ["x" * 1_060_000]})
+    many = pa.table({"id": pa.nulls(1_000_001, pa.string())})
+    limits = "expected at most 1,000,000 items and 1,073,741,824 bytes"
+    for table, groups, said in (
+        (one, 1, r"\((?!expected at most)"),
+        (many, 1, rf"\({limits}, found 1,000,001 and [\d,]+\)"),
+        (one, 1024, rf"\({limits}, found 1,024 and 1,08\d,\d\d\d,\d\d\d\)"),
+    ):
+        path = folder / f"{table.num_rows}_{groups}.parquet"
+        _write_footer(table, groups, path)
+        source = dataclasses.replace(archive.source, href=str(path))
+        with pytest.raises(SceneError, match=f"cannot be read as stac-geoparquet {said}"):
+            scenes.search(site, 2020, source)
+
+
+def _write_footer(table, groups, path):
+    """The footer of a Parquet file that has the table so many times."""
+    pq.write_table(table, path, use_dictionary=False, compression="zstd")
+    footer, more = pq.read_metadata(path), pq.read_metadata(path)
+    for _ in range(groups - 1):
+        footer.append_row_groups(more)
+    footer.write_metadata_file(path)
 
 
 def test_a_file_is_measured_as_it_is_unpacked(tmp_path, monkeypatch):
@@ -76,22 +92,18 @@ def test_a_file_is_measured_as_it_is_unpacked(tmp_path, monkeypatch):
     pq.write_table(pa.table({"id": ["x" * 10_000] * 5000}), path)
     about = pq.read_metadata(path)
     assert sum(about.row_group(n).total_byte_size for n in range(about.num_row_groups)) < 100_000
-    before = pa.total_allocated_bytes()
-    most = []
-    batches = pq.ParquetFile.iter_batches
-
-    def counted(file, rows):
-        for batch in batches(file, rows):
-            most.append(pa.total_allocated_bytes() - before)
-            yield batch
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
-    with pytest.raises(
-        SceneError,
-        match=r"expected at most 1,000,000 items and 5,000,000 bytes, found 5,000 and \d",
-    ):
-        item_file.read_items(path)
-    assert max(most) < 15_000_000
+    usual = pa.default_memory_pool()
+    measured = pa.proxy_memory_pool(usual)
+    pa.set_memory_pool(measured)
+    try:
+        with pytest.raises(
+            SceneError,
+            match=r"expected at most 1,000,000 items and 5,000,000 bytes, found 5,000 and \d",
+        ):
+            item_file.read_items(path)
+    finally:
+        pa.set_memory_pool(usual)
+    assert 5_000_000 < measured.max_memory() < 15_000_000
 
 
 def test_rows_of_a_file_are_the_items_that_its_library_reads(tmp_path, archive):
@@ -165,50 +177,103 @@ def test_a_search_lists_what_a_loop_over_all_rows_lists(archive, tmp_path):
             assert [f["id"] for f in item_file.search_file(archive.source, area, year)] == expected
 
 
-def test_a_file_of_items_is_read_once_and_again_when_it_changes(archive, monkeypatch):
+def _overwrite_rows(path):
+    """Leave only the footer of a Parquet file, and its time of change."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        footer = int.from_bytes(file.read(4), "little")
+        file.seek(4)
+        file.write(bytes(status.st_size - 12 - footer))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_file_of_items_is_read_once_and_again_when_it_changes(archive):
+    """Rows that are overwritten without a new time of change are not noticed."""
     features, site = features_of(archive), site_of("s", LEFT, TOP, 60, 60)
-    path, reads = archive.root / "items.parquet", []
-    unpacked = item_file._read_table
-    monkeypatch.setattr(item_file, "_read_table", lambda href: reads.append(href) or unpacked(href))
+    path = archive.root / "items.parquet"
     write_features(features, path)
-    with ThreadPoolExecutor(4) as pool:
-        found = list(
-            pool.map(lambda _: len(scenes.search(site, 2020, archive.source).scenes), range(8))
-        )
-    assert (found, len(reads)) == ([3] * 8, 1)
+    for _ in range(2):
+        assert len(scenes.search(site, 2020, archive.source).scenes) == 3
+        _overwrite_rows(path)
     write_features(features[:2], path)
     assert len(scenes.search(site, 2020, archive.source).scenes) == 2
-    assert len(reads) == 2
 
 
-def test_a_remote_file_of_items_is_asked_for_changes_once_a_minute(
-    archive, tmp_path, clock, monkeypatch
-):
-    """By size and ETag, which the test's server makes of time and size; a server without ETag sends the file again."""
-    features = features_of(archive)
-    write_features(features, tmp_path / "remote" / "items.parquet")
-    fetched, whole = [], remote.Remote.whole
-    monkeypatch.setattr(
-        remote.Remote,
-        "whole",
-        lambda self, url, most: fetched.append(url) or whole(self, url, most),
-    )
-    with serve(tmp_path / "remote") as url:
-        href = f"{url}/items.parquet"
-        index = item_file._index_of(href)
-        assert item_file._index_of(href) is index
+def test_a_remote_file_of_items_is_asked_for_changes_once_a_minute(archive, tmp_path, clock):
+    """By size and ETag, which the test's server makes of time and size."""
+    features = _beside_their_images(features_of(archive))
+    path, site = tmp_path / "remote" / "items.parquet", site_of("s", LEFT, TOP, 60, 60)
+    write_features(features, path)
+    with serve(path.parent) as url:
+        source = dataclasses.replace(archive.source, href=f"{url}/items.parquet")
+
+        def found(_=None):
+            return len(scenes.search(site, 2020, source).scenes)
+
+        def requests():
+            with urllib.request.urlopen(f"{url}/counts", timeout=20) as answer:
+                return json.load(answer)["requests"]
+
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(found, range(8))) == [3] * 8
+        assert requests() == 2  # for the version, and for the file
         clock.now += 61
-        assert (item_file._index_of(href) is index, len(fetched)) == (True, 1)
-        write_features(features[:2], tmp_path / "remote" / "items.parquet")
-        assert item_file._index_of(href) is index
+        assert (found(), found(), requests()) == (3, 3, 3)
+        write_features(features[:2], path)
+        assert (found(), requests()) == (3, 3)
         clock.now += 61
-        assert len(item_file._index_of(href).years) == 2
-        monkeypatch.setattr(remote.Remote, "version", lambda *_: (1, None))
-        clock.now += 61
-        item_file._index_of(href)
-        clock.now += 61
-        item_file._index_of(href)
-    assert len(fetched) == 4
+        assert (found(), found(), requests()) == (2, 2, 5)
+
+
+def test_a_remote_file_of_items_without_etag_is_read_again_once_a_minute(archive, tmp_path, clock):
+    features = _beside_their_images(features_of(archive))
+    path, site = tmp_path / "remote" / "items.parquet", site_of("s", LEFT, TOP, 60, 60)
+    write_features(features, path)
+    with serve_without_etag(path.parent) as (url, requests):
+        source = dataclasses.replace(archive.source, href=f"{url}/items.parquet")
+        for expected in (2, 4, 6):
+            for _ in range(2):
+                assert len(scenes.search(site, 2020, source).scenes) == 3
+                assert len(requests) == expected  # for the version, and for the file
+            clock.now += 61
+
+
+def _beside_their_images(features):
+    """The items with hrefs relative to their file."""
+    for feature in features:
+        for band, asset in feature["assets"].items():
+            asset["href"] = f"{band}.tif"
+    return features
+
+
+@contextmanager
+def serve_without_etag(folder):
+    """URL of the folder with byte ranges, and the requests so far."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            requests.append(args)
+
+        def do_GET(self):
+            content = (folder / self.path.lstrip("/")).read_bytes()
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            part = content[first : last + 1]
+            self.send_response(206)
+            last = first + len(part) - 1
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            self.send_header("Content-Length", str(len(part)))
+            self.end_headers()
+            self.wfile.write(part)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", requests
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_a_row_without_a_time_is_refused_by_name(archive):

@@ -47,17 +47,18 @@ def test_a_list_is_of_its_place_and_its_sources_rules(archive, tmp_path):
             snapshot.load(path, snapshot.hash_search(site, year, sources))
 
 
-def test_a_list_of_another_version_is_refused(real, tmp_path, monkeypatch):
-    monkeypatch.setattr(snapshot, "FORMAT", 0)
-    snapshot.save(
-        scenes.SearchResult(scenes=(scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"]),)),
-        tmp_path / "x.parquet",
-    )
-    monkeypatch.undo()
+def test_a_list_of_another_version_is_refused(real, tmp_path):
+    path = tmp_path / "x.parquet"
+    scene = scenes.normalise(*real["S2A_29RKH_20200219_0_L2A"])
+    snapshot.save(scenes.SearchResult(scenes=(scene,)), path)
+    table = pq.read_table(path)
+    header = json.loads(table.schema.metadata[b"minecube"])
+    older = {b"minecube": json.dumps(header | {"format": 0}).encode()}
+    pq.write_table(table.replace_schema_metadata(table.schema.metadata | older), path)
     with pytest.raises(
         SceneError, match=r"x\.parquet: was saved by another version of minecube; search again"
     ):
-        snapshot.load(tmp_path / "x.parquet")
+        snapshot.load(path)
 
 
 def test_a_snapshot_that_was_changed_is_refused(real, tmp_path):
