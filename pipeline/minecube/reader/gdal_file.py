@@ -1,16 +1,28 @@
-"""A remote file as GDAL sees it: a Python file object, opened by `rasterio.open(..., opener=)`."""
+"""Remote files as GDAL sees them: Python file objects, under names known to rasterio."""
 
 from __future__ import annotations
 
+import atexit
+import contextvars
+import functools
+import io
+import itertools
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Protocol
 
+import rasterio
+from affine import Affine
 from rasterio.abc import MultiByteRangeResourceContainer
+from rasterio.io import MemoryFile
 
 from minecube.network import MissingError
 from minecube.reader.transfer import Head, Tally
 
+OpenedFile = tuple[Callable[[], "RemoteFile | BinaryIO"], int]
+"""How to open a file at its first byte, and its size in bytes."""
 _LEAST = 65536  # bytes, smallest plain read beyond the head; ranges of tiles are fetched exactly
 
 
@@ -98,44 +110,105 @@ class RemoteFile:
 
 
 @MultiByteRangeResourceContainer.register
-class Opened:
-    """One remote file for `rasterio.open(..., opener=)`."""
+class _OpenFiles:
+    """The open remote files of this process, for `rasterio.open(..., opener=)`.
 
-    def __init__(
-        self, source: Ranges, href: str, head: Head, tally: Tally, least: int = _LEAST
-    ) -> None:
-        self._source = source
-        self._href = href
-        self._head = head
-        self._tally = tally
-        self._least = least
+    Each such call installs a handler in GDAL's list of file systems, and removes it later. This
+    list has no lock. Another thread that opens a file meanwhile may read freed memory, which ends
+    the process: once in about 100,000 opens by 8 threads (rasterio 1.4.4, GDAL 3.10.3). So only
+    one small image is opened in this way, and it stays open. Remote files get names next to it.
+    """
 
-    def open(self, path: str, mode: str = "rb", **_: Any) -> RemoteFile:
-        """Open the file under any name. Names visible to GDAL and its logs contain no URL."""
-        del path, mode
-        return RemoteFile(self._source, self._href, self._head, self._tally, self._least)
+    def __init__(self) -> None:
+        content = _make_image()
+        self._files: dict[str, OpenedFile] = {"0": (lambda: io.BytesIO(content), len(content))}
+        self._numbers = itertools.count(1)
+        self._image = rasterio.open("remote/0", opener=self, driver="GTiff")
+        self.context = contextvars.copy_context()
+        """Where rasterio looks up this opener. Other threads have other contexts."""
+        atexit.register(self.context.copy().run, self._image.close)
+
+    @contextmanager
+    def give_name(self, file: OpenedFile) -> Iterator[str]:
+        """Give the file a name for `rasterio.open`, within a context."""
+        number = str(next(self._numbers))
+        self._files[number] = file
+        try:
+            yield self._image.name.removesuffix("0") + number
+        finally:
+            del self._files[number]
+
+    def open(self, path: str, _mode: str = "rb", **_: Any) -> RemoteFile | BinaryIO:
+        """Open the file of this name. Names visible to GDAL and its logs contain no URL."""
+        return self._find(path)[0]()
 
     def isfile(self, path: str) -> bool:
-        """Return True."""
-        del path
-        return True
+        """Return whether a file has this name; sidecar files do not exist."""
+        return _number_of(path) in self._files
 
-    def isdir(self, path: str) -> bool:
+    def isdir(self, _path: str) -> bool:
         """Return False."""
-        del path
         return False
 
-    def ls(self, path: str) -> list[str]:
+    def ls(self, _path: str) -> list[str]:
         """Return an empty list, so GDAL does not request sidecar files."""
-        del path
         return []
 
-    def mtime(self, path: str) -> int:
+    def mtime(self, _path: str) -> int:
         """Return 0: unknown."""
-        del path
         return 0
 
     def size(self, path: str) -> int:
         """Return the file's size in bytes."""
-        del path
-        return self._head.size
+        return self._find(path)[1]
+
+    def _find(self, path: str) -> OpenedFile:
+        file = self._files.get(_number_of(path))
+        if file is None:
+            raise FileNotFoundError(path)
+        return file
+
+
+_LOCK = threading.Lock()
+
+
+@functools.cache
+def _make_open_files() -> _OpenFiles:
+    return _OpenFiles()
+
+
+def _number_of(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _make_image() -> bytes:
+    """Make a GeoTIFF of one pixel."""
+    profile = {"driver": "GTiff", "width": 1, "height": 1, "count": 1, "dtype": "uint8"}
+    with MemoryFile() as memory:
+        with memory.open(**profile, transform=Affine.scale(10, -10)):
+            pass
+        return bytes(memory.getbuffer())
+
+
+@contextmanager
+def open_remote(
+    open_again: Callable[[], RemoteFile],
+    size: int,
+    open_name: Callable[[str], rasterio.DatasetReader],
+) -> Iterator[rasterio.DatasetReader]:
+    """Open a remote image within a context.
+
+    Args:
+        open_again: Opens the file at its first byte. GDAL may call this several times.
+        size: Size of the file in bytes.
+        open_name: Opens the image of a name.
+    """
+    with _LOCK:
+        files = _make_open_files()
+    context = files.context.copy()
+    with files.give_name((open_again, size)) as name:
+        image = context.run(open_name, name)
+        try:
+            yield image
+        finally:
+            context.run(image.close)

@@ -7,8 +7,10 @@ The file is trusted, not its item. GDAL opens only files allowed by `minecube.ne
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import rasterio
@@ -29,7 +31,7 @@ from minecube.network import (
     origin_of,
     remove_query,
 )
-from minecube.reader.gdal_file import Opened
+from minecube.reader.gdal_file import RemoteFile, open_remote
 from minecube.reader.gridding import copy_to, nesting_of, read_nested, warp
 from minecube.reader.remote import remote_for
 from minecube.reader.transfer import Head, Tally
@@ -146,18 +148,23 @@ def _make_error(href: str, error: Exception, tally: Tally) -> ReadError:
     return UnusableFileError(message, href)
 
 
-def _open(file: File, tally: Tally) -> rasterio.DatasetReader:
-    """Open an image after checking its href and its first bytes."""
+@contextmanager
+def _open(file: File, tally: Tally) -> Iterator[rasterio.DatasetReader]:
+    """Open an image within a context, after checking its href and its first bytes."""
     origin = origin_of(file.href) if file.origin is None else file.origin
     check_href(file.href, origin, file.access.hosts())
     if is_local(file.href):
         path = Path(local_path(file.href))
-        return images.open_image(str(path), _read_first_bytes(path), most_px=_MOST_PX)
+        with images.open_image(str(path), _read_first_bytes(path), most_px=_MOST_PX) as image:
+            yield image
+        return
     remote = remote_for(file.access, origin)
     head = remote.head(file.href, tally)
     _need_whole(head)
-    opener = Opened(remote, file.href, head, tally)
-    return images.open_image("remote/image", head.data, most_px=_MOST_PX, opener=opener)
+    open_again = partial(RemoteFile, remote, file.href, head, tally)
+    open_name = partial(images.open_image, beginning=head.data, most_px=_MOST_PX)
+    with open_remote(open_again, head.size, open_name) as image:
+        yield image
 
 
 def need_header(file: File) -> None:

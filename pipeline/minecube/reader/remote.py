@@ -47,7 +47,7 @@ from minecube.reader.connections import (
     length_of,
     read_body,
 )
-from minecube.reader.gdal_file import Opened
+from minecube.reader.gdal_file import RemoteFile, open_remote
 from minecube.reader.signing import PASSING, Signer
 from minecube.reader.transfer import Head, Tally
 
@@ -55,13 +55,14 @@ __all__ = [
     "HEAD_BYTES",
     "PATIENCE_S",
     "Head",
-    "Opened",
     "Remote",
+    "RemoteFile",
     "Session",
     "Tally",
     "access_to",
     "interruption",
     "length_of",
+    "open_remote",
     "parse_retry_after",
     "remote_for",
 ]

@@ -26,6 +26,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +37,7 @@ from minecube import images
 from minecube.catalog import Access
 from minecube.errors import ReleaseError, UnreadArchiveError
 from minecube.network import ForbiddenError, RequestError, is_local, local_path, remove_query
-from minecube.reader.remote import Head, Opened, Tally, access_to
+from minecube.reader.remote import Head, RemoteFile, Tally, access_to, open_remote
 from minecube.release.ranges import Bytes, LocalBytes, MissingBytesError, RemoteBytes, Spans
 
 Result = TypeVar("Result")
@@ -202,17 +203,16 @@ class Archive:
         try:
             content, first_bytes = self._open_member(name, span_starts)
             head = Head(first_bytes[:size], size, "")
-            opener = Opened(content, name, head, tally, least=_LEAST)
-            # A fixed name keeps GDAL from searching for sidecar files.
+            open_again = partial(RemoteFile, content, name, head, tally, least=_LEAST)
+            open_name = partial(
+                images.open_image,
+                beginning=first_bytes,
+                most_px=MOST_PX,
+                most_bytes=MOST_BYTES,
+            )
             with (
                 rasterio.Env(**images.SETTINGS),
-                images.open_image(
-                    "remote/image",
-                    first_bytes,
-                    most_px=MOST_PX,
-                    most_bytes=MOST_BYTES,
-                    opener=opener,
-                ) as image,
+                open_remote(open_again, size, open_name) as image,
             ):
                 if tally.error:
                     raise tally.error
