@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import xarray as xr
 from torch import nn
 
 from minecube.catalog import BANDS, ModelCard, TrainingSettings
+from minecube.train import Cubes
 
 SMALL = ModelCard(
     id="small",
@@ -104,3 +106,20 @@ def with_dropout(card: ModelCard) -> nn.Module:
     return nn.Sequential(
         first, nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout2d(0.3), nn.Conv2d(6, len(card.classes), 1)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded(Cubes):
+    """Notes the site, years, row, column and size of each cut."""
+
+    cuts: list[tuple[Any, ...]] = dataclasses.field(default_factory=list)
+
+    def cut(self, *args: Any) -> Any:
+        self.cuts.append(args)
+        return super().cut(*args)
+
+
+class Unforkable(Cubes):
+    """A source whose processes are started afresh."""
+
+    forkable = False

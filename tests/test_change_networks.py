@@ -382,12 +382,12 @@ def test_each_scale_has_its_say(name: str) -> None:
     encoder, whole = network.encoder, network(pair)
     for level in range(len(encoder(pair[:, 0]))):
 
-        def blotted(x: torch.Tensor, level: int = level) -> list[torch.Tensor]:
-            found = type(encoder).forward(encoder, x)
-            return [torch.zeros_like(a) if i == level else a for i, a in enumerate(found)]
+        def blotted(*call: Any, level: int = level) -> list[torch.Tensor]:
+            return [torch.zeros_like(a) if i == level else a for i, a in enumerate(call[-1])]
 
-        encoder.forward = blotted
+        hook = encoder.register_forward_hook(blotted)
         assert not torch.allclose(network(pair), whole, atol=1e-3), level
+        hook.remove()
 
 
 @pytest.mark.parametrize("name", [*CHANGE, "series-attention"])

@@ -15,13 +15,13 @@ import xarray as xr
 
 from known_maps import CHANGE, SMALL, YEARS, given_by, pair_of, reflectance, untrained
 from minecube.catalog import BANDS
-from minecube.models import Compute, Mapper, list_views, mapping, predict, streams
+from minecube.models import Compute, Mapper, list_views, predict, streams
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def recording(of: xr.DataArray, read: list[int]) -> xr.DataArray:
-    """The same pixels, lazy: chunks of 16 rows, of which each notes its first row as it is read."""
+    """The same pixels, lazy: chunks of 256 rows, of which each notes its first row as it is read."""
 
     def block(
         values: np.ndarray, block_info: dict[int, dict[str, list[tuple[int, int]]]]
@@ -29,33 +29,31 @@ def recording(of: xr.DataArray, read: list[int]) -> xr.DataArray:
         read.append(block_info[0]["array-location"][2][0])
         return values
 
-    lazy = of.chunk({"year": 1, "y": 16})
+    lazy = of.chunk({"year": 1, "y": 256})
     lazy = lazy.copy(
         data=lazy.data.map_blocks(block, dtype=np.uint16, meta=np.empty((0, 0, 0, 0), np.uint16))
     )
-    lazy.encoding["chunks"] = (1, 10, 16, 40)
+    lazy.encoding["chunks"] = (1, 10, 256, 40)
     return lazy
 
 
-def test_every_row_is_read_once_a_view_and_not_long_before_it_is_needed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(mapping, "_READ_ROWS", 16)
-    of, read = reflectance(9, 208, 40, YEARS), list[int]()
-    lazy = recording(of, read)
-    for rows in Mapper(untrained(), Compute(workers=2)).map_rows(lazy, [(2019,)]):
+def test_every_row_is_read_once_a_view_and_not_long_before_it_is_needed() -> None:
+    cards = [dataclasses.replace(card, window_px=256) for card in (SMALL, CHANGE)]
+    of, read = reflectance(9, 3328, 40, YEARS), list[int]()
+    lazy, model = recording(of, read), untrained(cards[0])
+    for rows in Mapper(model, Compute(workers=2)).map_rows(lazy, [(2019,)]):
         # A strip that waits, one that is made, rows in flight, and the row of windows itself.
-        assert max(read) <= rows.y + 16 * 8
-    assert sorted(read) == list(range(0, 208, 16))
+        assert max(read) <= rows.y + 256 * 8
+    assert sorted(read) == list(range(0, 3328, 256))
     read.clear()
-    list(Mapper(given_by(pair_of, CHANGE)).map_rows(lazy, list_views(CHANGE, YEARS)))
-    assert sorted(read) == sorted([*range(0, 208, 16)] * 6)
-    xr.testing.assert_identical(predict(untrained(), lazy), predict(untrained(), of))
+    list(Mapper(given_by(pair_of, cards[1])).map_rows(lazy, list_views(CHANGE, YEARS)))
+    assert sorted(read) == sorted([*range(0, 3328, 256)] * 6)
+    quick = given_by(lambda x: x[:, :1], cards[0])
+    xr.testing.assert_identical(predict(quick, lazy), predict(quick, of))
 
 
-def test_memory_is_flat_in_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapping, "_READ_ROWS", 16)
-    model = given_by(lambda x: x[:, :1], dataclasses.replace(SMALL, window_px=32))
+def test_memory_is_flat_in_the_number_of_rows() -> None:
+    model = given_by(lambda x: x[:, :1], dataclasses.replace(SMALL, window_px=64))
 
     def peak(height: int) -> int:
         def rows(block_info: dict[None, dict[str, list[tuple[int, int]]]]) -> np.ndarray:
@@ -66,14 +64,14 @@ def test_memory_is_flat_in_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -
 
         made = da.map_blocks(
             rows,
-            chunks=((1,), (10,), (16,) * (height // 16), (150,)),
+            chunks=((1,), (10,), (256,) * (height // 256), (150,)),
             dtype=np.uint16,
             meta=np.empty((0,) * 4, np.uint16),
         )
         lazy = xr.DataArray(
             made, dims=("year", "band", "y", "x"), coords={"year": [2019], "band": list(BANDS)}
         )
-        lazy.encoding["chunks"] = (1, 10, 16, 150)
+        lazy.encoding["chunks"] = (1, 10, 256, 150)
         tracemalloc.start()
         seen = sum(
             r.values.shape[-2] for r in Mapper(model, Compute(workers=2)).map_rows(lazy, [(2019,)])
@@ -83,10 +81,10 @@ def test_memory_is_flat_in_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -
         assert seen == height
         return most - left  # without Dask's graph, of which a taller site has more
 
-    peak(320)  # what is imported and kept once
-    small, large = peak(320), peak(1280)
+    peak(2560)  # what is imported and kept once
+    small, large = peak(2560), peak(10240)
     # A peak varies with who is quick, by some strips; held pixels of the taller site would add all of their bytes.
-    assert large - small < (1280 - 320) * 150 * 20 / 4
+    assert large - small < (10240 - 2560) * 150 * 20 / 4
 
 
 def test_a_reader_is_ahead_by_as_much_as_was_asked_for_and_ends_when_closed() -> None:
@@ -112,20 +110,17 @@ def test_a_reader_is_ahead_by_as_much_as_was_asked_for_and_ends_when_closed() ->
     assert list(streams.read_ahead(iter(range(50)))) == list(range(50))
 
 
-def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(mapping, "_READ_ROWS", 16)
-    of, before = reflectance(1, 200, 40, (2019,)), threading.active_count()
+def test_an_error_in_the_reader_reaches_the_caller_and_no_thread_stays() -> None:
+    of, before = reflectance(1, 1100, 40, (2019,)), threading.active_count()
 
     def block(
         values: np.ndarray, block_info: dict[int, dict[str, list[tuple[int, int]]]]
     ) -> np.ndarray:
-        if block_info[0]["array-location"][2][0] == 96:
+        if block_info[0]["array-location"][2][0] == 768:
             raise OSError("bad sector")
         return values
 
-    lazy = of.chunk({"y": 16})
+    lazy = of.chunk({"y": 256})
     lazy = lazy.copy(
         data=lazy.data.map_blocks(block, dtype=np.uint16, meta=np.empty((0, 0, 0, 0), np.uint16))
     )

@@ -317,10 +317,7 @@ def test_predict_maps_pairs_by_gap_and_by_name(store, tmp_path, monkeypatch):
         def forward(self, x):
             return self.head(x[:, 1] - x[:, 0])
 
-    import minecube.models.unet as module
-
-    monkeypatch.setattr(module, "difference", Difference, raising=False)
-    monkeypatch.setitem(models.ARCHITECTURES, "unet", "unet:difference")
+    monkeypatch.setitem(models.ARCHITECTURES, "unet", Difference)
     trained = model_file(tmp_path / "c.pt", task="change", classes=("removed", "new"))
     ask = ("predict", "--store", str(store), "--model", tmp_path / "c.pt")
     for gap in ("7", "0"):

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from known_trainings import PLAIN, SMALL, Flat, cube, same, with_dropout, with_holes
+from known_trainings import PLAIN, SMALL, Flat, Recorded, cube, same, with_dropout, with_holes
 from minecube import models
 from minecube.errors import ModelError
-from minecube.train import Cubes, TrainingOptions, Windows, checkpoint, fit
+from minecube.train import Cubes, TrainingOptions, Windows, checkpoint, fit, survey_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,22 +52,22 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(
     with pytest.raises(Stopped):  # three steps an epoch; in the middle of one, and when one is done
         fit(SMALL, *sources, settings, TrainingOptions(checkpoint=path, progress=stop_at(at)))
     assert path.exists() == (at > 3)
-    keys: list[tuple[int, int]] = []
-    taken = Windows.__getitem__
-    monkeypatch.setattr(
-        Windows, "__getitem__", lambda self, key: (keys.append(key), taken(self, key))[1]
-    )
+    recorded = Recorded(sources[0].cubes)
     seen: list[int] = []
     resumed = fit(
         SMALL,
-        *sources,
+        recorded,
+        sources[1],
         settings,
         TrainingOptions(
             checkpoint=path, resume=True, progress=lambda done, total, _: seen.append(done)
         ),
     )
     begun = (at - 1) // 3
-    assert sorted(keys) == [(e, i) for e in range(begun, 4) for i in range(24)]
+    windows = Windows(sources[0], SMALL, settings, survey_source(sources[0], SMALL, settings))
+    places = [windows.position(e, i) for e in range(begun, 4) for i in range(24)]
+    taken = [cut[:-1] for cut in recorded.cuts if cut[-1] == SMALL.window_px]
+    assert sorted(taken) == sorted((*place.view, place.y, place.x) for place in places)
     assert seen == list(range(3 * begun + 1, 13))
     assert same(resumed.trained.network, whole.trained.network)
     shown = [dataclasses.replace(epoch, seconds=0, windows_per_s=0) for epoch in resumed.history]

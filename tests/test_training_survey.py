@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Any
 
 import numpy as np
 import pytest
+import xarray as xr
 from hypothesis import given
 from hypothesis import settings as having
 from hypothesis import strategies as st
 
-from known_trainings import CHANGE, PLAIN, SERIES, SMALL, cube, labels_of, same, with_holes
+from known_trainings import (
+    CHANGE,
+    PLAIN,
+    SERIES,
+    SMALL,
+    Recorded,
+    cube,
+    labels_of,
+    same,
+    with_holes,
+)
 from minecube.errors import ModelError
-from minecube.train import Cubes, compute_targets, fit, list_views, statistics, survey_source
+from minecube.train import Cubes, SourceSurvey, compute_targets, fit, list_views, survey_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -88,17 +98,6 @@ def test_years_that_do_not_fit_the_task_are_refused() -> None:
 # The survey
 
 
-class Counted(Cubes):
-    """Says how large the largest cut was."""
-
-    largest = 0
-
-    def cut(self, *args: Any) -> Any:
-        found = super().cut(*args)
-        type(self).largest = max(type(self).largest, found[0].size)
-        return found
-
-
 def test_normalisation_is_that_of_observed_training_pixels() -> None:
     a, b, unseen = with_holes(1), with_holes(2, 33, 70), cube(3)
     unseen.reflectance.values[...] += 5000  # were it looked at, the mean would tell
@@ -118,24 +117,45 @@ def test_normalisation_is_that_of_observed_training_pixels() -> None:
     np.testing.assert_allclose(model.std, observed.std(axis=1).astype(float), rtol=1e-12)
 
 
-def test_the_survey_reads_blocks_and_says_the_same_whatever_their_size(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    source = Counted({"a": with_holes(1, 70, 45), "b": with_holes(2, 20, 100)})
-    whole = survey_source(source, CHANGE, PLAIN)
-    monkeypatch.setattr(statistics, "BLOCK_PX", 32)
-    Counted.largest = 0
+def need_all_found(found: SourceSurvey, of: xr.Dataset) -> None:
+    """Assert that the survey of pairs of one site has every cell and pixel."""
+    years, (height, width) = of.year.values.tolist(), of.footprint.shape[1:]
+    cell = found.cell_px
+    labels = dict(zip(years, labels_of(of).astype(int), strict=True))
+    positive, pixels = Counter(), 0
+    for n, (_, (first, second)) in enumerate(found.views):
+        known = (labels[first] < 2) & (labels[second] < 2)
+        gone, new = (
+            known & (labels[first] > labels[second]),
+            known & (labels[first] < labels[second]),
+        )
+        positive.update(removed=int(gone.sum()), new=int(new.sum()))
+        pixels += int(known.sum())
+        for row, column in np.ndindex(-(-height // cell), -(-width // cell)):
+            part = np.s_[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
+            assert found.known[n][row, column] == known[part].any()
+            assert found.rare[n][row, column] == (gone | new)[part].any()
+    assert found.positive == (positive["removed"], positive["new"])
+    assert found.pixels == pixels
+
+
+def test_the_survey_reads_blocks_and_finds_what_is_in_all_of_them() -> None:
+    # Four blocks of 512 pixels; the mines of both years lie over the corner where they meet.
+    of = with_holes(1, 540, 580)
+    of.footprint.values[0, 490:530, 470:560], of.footprint.values[1, 490:530, 480:570] = 1, 1
+    source = Recorded({"a": of})
     found = survey_source(source, CHANGE, PLAIN)
-    assert Counted.largest == 10 * 32 * 32  # one year of one block
-    assert (found.mean, found.std, found.positive, found.pixels) == (
-        whole.mean,
-        whole.std,
-        whole.positive,
-        whole.pixels,
-    )
-    for name in ("known", "rare"):
-        pairs = zip(getattr(found, name), getattr(whole, name), strict=True)
-        assert all(np.array_equal(one, other) for one, other in pairs)
+    assert sorted(source.cuts) == [
+        ("a", [year], y, x, 512) for year in (2019, 2020) for y in (0, 512) for x in (0, 512)
+    ]
+    need_all_found(found, of)
+    pixels = of.reflectance.values.swapaxes(0, 1).reshape(10, -1)
+    observed = pixels[:, (pixels > 0).all(axis=0)].astype(np.int64)
+    n, total, squares = observed.shape[1], observed.sum(axis=1), (observed**2).sum(axis=1)
+    # In whole numbers of any length, so to the last bit.
+    assert found.mean == tuple(int(t) / n for t in total)
+    variances = [(n * int(q) - int(t) ** 2) / n**2 for t, q in zip(total, squares, strict=True)]
+    assert found.std == tuple(variance**0.5 for variance in variances)
 
 
 @having(max_examples=15, deadline=None)
@@ -156,24 +176,8 @@ def test_the_survey_finds_every_cell_and_pixel(
         return
     card = dataclasses.replace(CHANGE, window_px=side)
     found = survey_source(Cubes({"a": of}), card, PLAIN)
-    cell = {4: 1, 8: 2, 12: 2, 16: 4, 32: 8, 96: 16, 160: 16}[side]
-    assert found.cell_px == cell
-    labels = dict(zip((2018, 2019, 2020), labels_of(of).astype(int), strict=True))
-    positive, pixels = Counter(), 0
-    for n, (_, (first, second)) in enumerate(found.views):
-        known = (labels[first] < 2) & (labels[second] < 2)
-        gone, new = (
-            known & (labels[first] > labels[second]),
-            known & (labels[first] < labels[second]),
-        )
-        positive.update(removed=int(gone.sum()), new=int(new.sum()))
-        pixels += int(known.sum())
-        for row, column in np.ndindex(-(-height // cell), -(-width // cell)):
-            part = np.s_[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
-            assert found.known[n][row, column] == known[part].any()
-            assert found.rare[n][row, column] == (gone | new)[part].any()
-    assert found.positive == (positive["removed"], positive["new"])
-    assert found.pixels == pixels
+    assert found.cell_px == {4: 1, 8: 2, 12: 2, 16: 4, 32: 8, 96: 16, 160: 16}[side]
+    need_all_found(found, of)
 
 
 def test_what_cannot_be_learnt_is_refused() -> None:

@@ -95,26 +95,21 @@ def test_the_cache_is_torchs_by_default(
     assert [p.name for p in (tmp_path / "torch").rglob("*.pt")] == [f"{card.weights.sha256}.pt"]
 
 
-def test_another_hash_is_refused_before_anything_is_opened(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_hash_is_refused_before_anything_is_opened(server: Server, tmp_path: Path) -> None:
     save(trained(seed=0), tmp_path / "right.pt")
     save(trained(seed=1), server.folder / "mine.pt")
-    right, wrong = (
-        hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in (tmp_path / "right.pt", server.folder / "mine.pt")
-    )
-
-    def opened(*_: object, **__: object) -> None:
-        pytest.fail("was opened")
-
-    monkeypatch.setattr(torch, "load", opened)
-    for href in (f"{server.url}/mine.pt", str(server.folder / "mine.pt")):
-        with pytest.raises(
-            ModelError,
-            match=f"mine.pt: expected a file of sha256 {right}.*found {wrong}.*not opened.*again",
-        ):
-            fetch(with_weights(tmp_path / "right.pt", href), tmp_path / "cache")
+    # Were this one opened first, the error would be that it is no model.
+    (server.folder / "text.pt").write_text("no model")
+    right = hashlib.sha256((tmp_path / "right.pt").read_bytes()).hexdigest()
+    for path in server.folder.iterdir():
+        wrong = hashlib.sha256(path.read_bytes()).hexdigest()
+        for href in (f"{server.url}/{path.name}", str(path)):
+            with pytest.raises(
+                ModelError,
+                match=f"{path.name}: expected a file of sha256 {right}.*found {wrong}.*not opened.*again",
+            ):
+                fetch(with_weights(tmp_path / "right.pt", href), tmp_path / "cache")
+    assert len(server.asked) == 2
     assert list((tmp_path / "cache").iterdir()) == []
 
 
