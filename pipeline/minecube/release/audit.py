@@ -18,16 +18,13 @@ from typing import Any
 import geopandas as gpd
 import numpy as np
 import pandas as pd
-import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
-from rasterio.io import MemoryFile
 
-from minecube import images
 from minecube.arrays import Int16
 from minecube.catalog import BANDS, Release, Site
 from minecube.errors import ReleaseError
 from minecube.network import ForbiddenError
-from minecube.release.archive import MOST_BYTES, MOST_PX, Archive
+from minecube.release.archive import Archive, open_content
 from minecube.release.imported import Imported
 
 NEIGHBOUR_M = 5000
@@ -73,11 +70,7 @@ def audit_release(
 ) -> list[AuditFinding]:
     """Run all checks and return findings sorted by check, site and year.
 
-    Args:
-        imported: The import.
-        release: Metadata of the release.
-        split: The split, including repetitions.
-        pixels: `sum_pixels` of its images. Without it, the pixel checks are skipped.
+    `pixels` is `sum_pixels` of the import's images. Without it, the pixel checks are skipped.
     """
     findings = [
         *_check_names(imported.about),
@@ -198,13 +191,7 @@ def _sum_image(archive: Archive, name: str) -> list[tuple[str, int, int, int, fl
 def _read_pixels(archive: Archive, name: str, content: bytes) -> Int16:
     """Read an image as int16 [band, pixel]."""
     try:
-        with (
-            rasterio.Env(**images.SETTINGS),
-            MemoryFile(content) as memory,
-            images.open_image(
-                memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES
-            ) as image,
-        ):
+        with open_content(content) as image:
             values: Int16 = image.read().reshape(image.count, -1)
             return values
     except (RasterioError, ForbiddenError) as error:
