@@ -24,14 +24,6 @@ from minecube.release import layout
 _SHOWN = 12
 """Most findings printed per check. The JSON has all."""
 
-release_option = click.option(
-    "--release",
-    "release_id",
-    default="eurominenet",
-    show_default=True,
-    help="Published dataset (catalog/releases.yaml).",
-)
-
 
 @click.group()
 def release() -> None:
@@ -76,7 +68,13 @@ def _check_archive(_ctx: click.Context, _param: click.Parameter, archive: str | 
     is_flag=True,
     help="Download the whole archive into that folder first. For servers without byte ranges.",
 )
-@release_option
+@click.option(
+    "--release",
+    "release_id",
+    default="eurominenet",
+    show_default=True,
+    help="Published dataset (catalog/releases.yaml).",
+)
 def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     """Import sites, grids, years and labels of a published archive (URL or path).
 

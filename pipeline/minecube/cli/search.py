@@ -11,10 +11,8 @@ from minecube import scenes
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import (
     SiteOptions,
-    catalog_option,
+    catalog_sites_options,
     collect_options,
-    margin_option,
-    sites_option,
     years_option,
 )
 from minecube.cli.parameters import OutFolder
@@ -25,11 +23,9 @@ from minecube.jobs.tables import format_table
 
 
 @click.command()
-@sites_option
-@margin_option
+@catalog_sites_options
 @years_option
 @source_option
-@catalog_option
 @click.option(
     "--out",
     type=OutFolder(),
