@@ -26,6 +26,7 @@ from minecube.errors import ReleaseError
 from minecube.network import ForbiddenError
 from minecube.release.archive import Archive, open_content
 from minecube.release.imported import Imported
+from minecube.release.sites import select_placed
 
 NEIGHBOUR_M = 5000
 """Sites closer than this share ground or weather, and leak test answers across a split."""
@@ -303,9 +304,7 @@ def _check_images(years: pd.DataFrame) -> Iterator[AuditFinding]:
 
 
 def _check_grids(years: pd.DataFrame) -> Iterator[AuditFinding]:
-    has_image_problem = years["problem"].fillna("").str.startswith("image")
-    placed = years[years["image"].notna() & ~has_image_problem]
-    for site, rows in placed.groupby("site"):
+    for site, rows in select_placed(years).groupby("site"):
         for earlier, row in itertools.pairwise(_iterate_rows(rows.sort_values("year"))):
             grid = (row.height, row.width, *row.transform)
             earlier_grid = (earlier.height, earlier.width, *earlier.transform)

@@ -125,17 +125,23 @@ def read_site(archive: Archive, members: Members, site: str) -> ReleaseSite:
     return ReleaseSite(table, _to_polygons(site, labels), _count_changes(site, labels))
 
 
+def select_placed(years: pd.DataFrame) -> pd.DataFrame:
+    """Select the years with a georeferenced image."""
+    has_image_problem = years["problem"].fillna("").str.startswith("image")
+    return years[years["transform"].notna() & ~has_image_problem]
+
+
 def extent_of(years: pd.DataFrame) -> shapely.Polygon | None:
     """Return the bounding box of all images of a site, EPSG:4326.
 
     None if no image is georeferenced.
     """
-    has_image_problem = years["problem"].fillna("").str.startswith("image")
-    placed: Any = years[years["transform"].notna() & ~has_image_problem].to_dict("records")
-    if not placed:
+    placed = select_placed(years)
+    if placed.empty:
         return None
+    rows: Any = placed.to_dict("records")
     extents = [
-        _draw_extent((row["height"], row["width"]), Affine(*row["transform"])) for row in placed
+        _draw_extent((row["height"], row["width"]), Affine(*row["transform"])) for row in rows
     ]
     return shapely.box(*shapely.union_all(extents).bounds)
 
