@@ -8,12 +8,7 @@ from pathlib import Path
 import click
 
 from minecube.cli.bars import progress_bar
-from minecube.cli.options import (
-    SiteOptions,
-    catalog_sites_options,
-    collect_options,
-    years_option,
-)
+from minecube.cli.options import SiteOptions, catalog_sites_options, collect_options, years_option
 from minecube.cli.parameters import OutFolder
 from minecube.cli.scene_options import SceneOptions, scene_options
 from minecube.jobs.audit import Audit, Unanswered, audit_scenes, save_audit

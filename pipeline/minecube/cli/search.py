@@ -9,12 +9,7 @@ import click
 
 from minecube import scenes
 from minecube.cli.bars import progress_bar
-from minecube.cli.options import (
-    SiteOptions,
-    catalog_sites_options,
-    collect_options,
-    years_option,
-)
+from minecube.cli.options import SiteOptions, catalog_sites_options, collect_options, years_option
 from minecube.cli.parameters import OutFolder
 from minecube.cli.scene_options import source_option
 from minecube.jobs.catalogs import choose_sources

@@ -145,10 +145,7 @@ class ScoreTables:
         return format_table((str(detail.index.name), *detail.columns), rows)
 
     def _stack(
-        self,
-        make: Callable[[metrics.Counts], pd.DataFrame],
-        *,
-        footprints_only: bool,
+        self, make: Callable[[metrics.Counts], pd.DataFrame], *, footprints_only: bool
     ) -> pd.DataFrame:
         """Stack a table of each model and site; empty without any."""
         frames = {
