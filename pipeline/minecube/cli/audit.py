@@ -8,16 +8,9 @@ from pathlib import Path
 import click
 
 from minecube.cli.bars import progress_bar
-from minecube.cli.options import (
-    SiteOptions,
-    catalog_option,
-    collect_options,
-    margin_option,
-    sites_option,
-    years_option,
-)
+from minecube.cli.options import SiteOptions, catalog_sites_options, collect_options, years_option
 from minecube.cli.parameters import OutFolder
-from minecube.cli.scene_options import SceneOptions, recipe_option, source_option
+from minecube.cli.scene_options import SceneOptions, scene_options
 from minecube.jobs.audit import Audit, Unanswered, audit_scenes, save_audit
 from minecube.jobs.tables import format_table
 
@@ -29,12 +22,9 @@ _HEADINGS = {"gap_days": "gap", "cloud": "cloud %"}
 
 
 @click.command()
-@sites_option
-@margin_option
+@catalog_sites_options
 @years_option
-@source_option
-@recipe_option
-@catalog_option
+@scene_options
 @click.option(
     "--out",
     type=OutFolder(),

@@ -22,6 +22,7 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
+        self._title = ""
 
     def advance(self, note: str = "", *, parts: int = 1, total: int | None = None) -> None:
         """Add finished parts. `total` changes the number of all parts."""
@@ -31,6 +32,13 @@ class Bar:
         """Set the number of finished parts, and of all parts."""
         self._progress.update(self._task, completed=parts, note=note, total=total)
 
+    def reach_step(self, title: str, parts: int, total: int, note: str) -> None:
+        """Do the same for a step of a job. A new title starts the time again."""
+        if title != self._title:
+            self._progress.reset(self._task, description=title)
+            self._title = title
+        self.reach(parts, total, note)
+
     def show(self, note: str) -> None:
         """Change the note."""
         self._progress.update(self._task, note=note)
@@ -38,38 +46,7 @@ class Bar:
 
 @contextmanager
 def progress_bar(title: str, total: int | None = None) -> Iterator[Bar]:
-    """Show a bar until the end of the block."""
-    with _transient_progress() as progress:
-        yield Bar(progress, progress.add_task(title, total=total, note=""))
-
-
-class TitledBars:
-    """Shows one bar at a time, a new one for each title."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._title = ""
-        self._task: TaskID | None = None
-
-    def reach(self, title: str, parts: int, total: int, note: str) -> None:
-        """Set title, number of finished parts, number of all parts, and note."""
-        if title != self._title or self._task is None:
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(title, total=total, note="")
-            self._title = title
-        self._progress.update(self._task, completed=parts, note=note, total=total)
-
-
-@contextmanager
-def titled_bars() -> Iterator[TitledBars]:
-    """Show the bars of several steps until the end of the block."""
-    with _transient_progress() as progress:
-        yield TitledBars(progress)
-
-
-def _transient_progress() -> Progress:
-    """Make bars that disappear at the end."""
+    """Show a bar until the end of the block, then remove it."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -78,4 +55,7 @@ def _transient_progress() -> Progress:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as progress:
+        yield Bar(progress, progress.add_task(title, total=total, note=""))

@@ -9,16 +9,17 @@ import click
 
 from minecube import cube, models
 from minecube.catalog import ModelCard, TrainingSettings, pick
-from minecube.cli.bars import titled_bars
+from minecube.cli.bars import progress_bar
 from minecube.cli.options import (
     add_layer,
     catalog_option,
     collect_options,
     device_option,
     sites_layer_option,
+    training_seed_option,
     writable_store_option,
 )
-from minecube.cli.parameters import SEED, OutFolder
+from minecube.cli.parameters import OutFolder
 from minecube.jobs.bench import Benchmark, Split, choose_models, run_benchmark, split_sites
 from minecube.jobs.catalogs import load_all_models, load_all_presets
 from minecube.jobs.selection import SiteChoice
@@ -94,13 +95,7 @@ class NetworksOptions:
     show_default=True,
     help="Training settings (catalog/presets.yaml).",
 )
-@click.option(
-    "--seed",
-    type=SEED,
-    default=0,
-    show_default=True,
-    help="Seed of weights, windows and augmentation.",
-)
+@training_seed_option
 @device_option
 @click.option("--out", type=OutFolder(), required=True, help="Folder for models and tables.")
 @collect_options
@@ -129,8 +124,8 @@ def bench(
     def print_model(number: int, card: ModelCard) -> None:
         click.echo(f"{number} of {len(benchmark.cards)}: {card.id}", err=True)
 
-    with titled_bars() as bars:
-        paths = run_benchmark(benchmark, print_model, bars.reach)
+    with progress_bar("") as bar:
+        paths = run_benchmark(benchmark, print_model, bar.reach_step)
     for path in paths:
         click.echo(path)
     click.echo("\n" + (out / "mapping.md").read_text(encoding="utf-8"))

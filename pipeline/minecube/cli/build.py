@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import click
 
@@ -13,22 +13,15 @@ from minecube.catalog import Site
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import (
     SiteOptions,
-    catalog_option,
+    catalog_sites_options,
     collect_options,
-    margin_option,
     scheduler_option,
-    sites_option,
     writable_store_option,
     years_option,
 )
 from minecube.cli.parameters import FiniteRange
 from minecube.cli.plan import print_plan
-from minecube.cli.scene_options import (
-    JobOptions,
-    recipe_option,
-    snapshots_option,
-    source_option,
-)
+from minecube.cli.scene_options import JobOptions, job_options
 from minecube.composite.plan import Estimate
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
@@ -45,7 +38,7 @@ _PIXELS_PER_KM2 = 10_000
 
 @dataclass(frozen=True)
 class BuildRules:
-    """When to replace builds, and when to commit."""
+    """When to replace builds, and when to commit: fields of `BuildJob`."""
 
     overwrite: bool
     on_offset_conflict: str
@@ -64,14 +57,10 @@ class Execution:
 
 
 @click.command()
-@sites_option
-@margin_option
+@catalog_sites_options
 @years_option
-@source_option
+@job_options
 @writable_store_option
-@recipe_option
-@catalog_option
-@snapshots_option
 @scheduler_option
 @click.option(
     "--overwrite",
@@ -129,12 +118,7 @@ def build(
       minecube build --sites my_mines.geojson --years 2019-2023 --source earth-search --store cubes.zarr
       minecube build --sites my_mines.geojson --years 2019-2023 --source earth-search-c1,planetary-computer --store cubes.zarr
     """
-    job = replace(
-        options.load(),
-        overwrite=rules.overwrite,
-        on_offset_conflict=rules.on_offset_conflict,
-        min_read_completeness=rules.min_read_completeness,
-    )
+    job = replace(options.load(), **asdict(rules))
     loaded = sites.load(job.store)
     if execution.dry_run:
         planned = plan_build(job, loaded, years)

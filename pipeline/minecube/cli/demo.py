@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,7 +63,8 @@ def demo(out: Path, epochs: int, seed: int) -> None:
       minecube demo --out build/demo
     """
     summary = run_demo(out, epochs, seed, _print_stage)
-    _print_summary(summary)
+    rows = [(name, value, _MEANINGS.get(name, "")) for name, value in summary.items()]
+    click.echo(format_table(("measure", "value", "what it is"), rows))
     for file in (
         f"export/{TEST_SITE}/{TEST_SITE}_strip.png",
         "comparison.png",
@@ -80,8 +81,3 @@ def _print_stage(title: str) -> Iterator[None]:
     click.echo(f"{title} ...", err=True)
     yield
     click.echo(f"{'':4}{time.monotonic() - start:.0f} s", err=True)
-
-
-def _print_summary(summary: Mapping[str, float]) -> None:
-    rows = [(name, value, _MEANINGS.get(name, "")) for name, value in summary.items()]
-    click.echo(format_table(("measure", "value", "what it is"), rows))

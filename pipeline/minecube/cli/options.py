@@ -15,7 +15,7 @@ import click
 
 from minecube import cube
 from minecube.catalog import LARGEST_MARGIN_M, MARGIN_M, Site
-from minecube.cli.parameters import FiniteRange, Years
+from minecube.cli.parameters import SEED, FiniteRange, Years
 from minecube.jobs.selection import SiteChoice, choose_sites, stored_sites
 from minecube.vectors import FORMAT_NAMES
 
@@ -31,9 +31,7 @@ def collect_options(command: Callable[..., None]) -> Callable[..., None]:
     dataclass as its type, and receives an instance. The options named like its fields fill them.
 
         @click.command()
-        @sites_option
-        @margin_option
-        @catalog_option
+        @catalog_sites_options
         @collect_options
         def sites(sites: SiteOptions) -> None: ...
     """
@@ -174,7 +172,7 @@ scheduler_option = click.option(
     "--scheduler",
     help="Address of a Dask scheduler (tcp://host:8786). [default: run on this machine]",
 )
-margin_option = click.option(
+_margin_option = click.option(
     "--margin",
     type=FiniteRange(min=0, max=LARGEST_MARGIN_M),
     help="Metres of ground around a site's polygon. A store keeps the margin of a site's first "
@@ -192,6 +190,13 @@ years_option = click.option(
 )
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."
+)
+training_seed_option = click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    show_default=True,
+    help="Seed of weights, windows and augmentation.",
 )
 layer_option = click.option(
     "--layer", help="Layer of the polygon file, if several layers have polygons. * is allowed."
@@ -215,6 +220,11 @@ def sites_layer_option(*flags: str) -> Callable[[F], F]:
 def sites_option(command: F) -> F:
     """Add --sites, and --layer for a file of sites."""
     return _sites_option(sites_layer_option("--layer", "--sites-layer")(command))
+
+
+def catalog_sites_options(command: F) -> F:
+    """Add the options of `SiteOptions`: --sites, --layer, --margin and --catalog."""
+    return sites_option(_margin_option(catalog_option(command)))
 
 
 def sites_with_polygons_option(command: F) -> F:

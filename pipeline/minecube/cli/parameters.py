@@ -32,30 +32,44 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-class OutFile(click.Path):
+class _OutPath(click.Path):
+    """A path to write to."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Convert text to a path, or fail before hours of work are lost.
+
+        Tries to write a temporary file, since permissions do not show what an administrator may
+        write.
+        """
+        path = Path(str(super().convert(value, param, ctx)))
+        file = path
+        if self.dir_okay:
+            file = path / "new"
+        folder = next(folder for folder in file.absolute().parents if folder.exists())
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            self.fail(
+                f"{str(file)!r}: {folder} cannot be written to ({error.strerror}); "
+                "name another place",
+                param,
+                ctx,
+            )
+        return path
+
+
+class OutFile(_OutPath):
     """A file to write. Its nearest existing parent folder must be writable."""
 
     def __init__(self) -> None:
         super().__init__(dir_okay=False, path_type=Path)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Convert text to a path, or fail before hours of work are lost."""
-        path = Path(str(super().convert(value, param, ctx)))
-        _need_writable(self, path, param, ctx)
-        return path
 
-
-class OutFolder(click.Path):
+class OutFolder(_OutPath):
     """A folder to write to. The folder, or its nearest existing parent, must be writable."""
 
     def __init__(self) -> None:
         super().__init__(file_okay=False, path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Convert text to a path, or fail before hours of work are lost."""
-        path = Path(str(super().convert(value, param, ctx)))
-        _need_writable(self, path / "new", param, ctx)
-        return path
 
 
 class Years(click.ParamType[tuple[int, ...]]):
@@ -135,21 +149,3 @@ class RatesMethod(click.ParamType[str | tuple[float, float]]):
                 ctx,
             )
         return opening, closing
-
-
-def _need_writable(
-    kind: click.ParamType[Any], path: Path, param: click.Parameter | None, ctx: click.Context | None
-) -> None:
-    """Fail if no file can be written at a path.
-
-    Tries to write a temporary file, since permissions do not show what an administrator may write.
-    """
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        kind.fail(
-            f"{str(path)!r}: {folder} cannot be written to ({error.strerror}); name another place",
-            param,
-            ctx,
-        )

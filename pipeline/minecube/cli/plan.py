@@ -9,33 +9,22 @@ import click
 
 from minecube.cli.options import (
     SiteOptions,
-    catalog_option,
+    catalog_sites_options,
     collect_options,
-    margin_option,
-    sites_option,
     store_option,
     years_option,
 )
-from minecube.cli.scene_options import (
-    JobOptions,
-    recipe_option,
-    snapshots_option,
-    source_option,
-)
+from minecube.cli.scene_options import JobOptions, job_options
 from minecube.composite.plan import Estimate, Terms
 from minecube.jobs.plan import BuildPlan, plan_build
 from minecube.jobs.tables import format_table
 
 
 @click.command()
-@sites_option
-@margin_option
+@catalog_sites_options
 @years_option
-@source_option
+@job_options
 @store_option
-@recipe_option
-@catalog_option
-@snapshots_option
 @click.option(
     "--prices",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

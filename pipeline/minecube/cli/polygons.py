@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from minecube.jobs.polygons import (
     survey_files,
 )
 from minecube.jobs.selection import SiteChoice, choose_sites
-from minecube.jobs.tables import format_table, write_text
+from minecube.jobs.tables import format_table, write_json
 from minecube.vectors import SUFFIXES
 
 _SHOWN = 20
@@ -82,14 +81,6 @@ class Comparison:
         return self.compare
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Files to write: --out and --json."""
-
-    out: Path | None
-    report: Path | None
-
-
 @click.command()
 @click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
 @layer_option
@@ -128,7 +119,8 @@ def polygons(
     sites: NamedSites,
     comparison: Comparison,
     min_width_m: float,
-    outputs: Outputs,
+    out: Path | None,
+    report: Path | None,
 ) -> None:
     """Check and repair a file of mine polygons, and compare the people who mapped.
 
@@ -144,10 +136,9 @@ def polygons(
       minecube polygons maus_and_tang.gpkg --compare source --json report.json
     """
     loaded = sites.load()
-    if outputs.out and outputs.out.suffix.lower() not in (".parquet", ".gpkg"):
+    if out and out.suffix.lower() not in (".parquet", ".gpkg"):
         raise LabelError(
-            f"{outputs.out}: expected a name in .parquet or .gpkg for the repaired polygons; "
-            "choose one"
+            f"{out}: expected a name in .parquet or .gpkg for the repaired polygons; choose one"
         )
     rules = SurveyRules(
         areas=_need_areas(loaded), mapper_column=comparison.column, min_width_m=min_width_m
@@ -160,12 +151,12 @@ def polygons(
     agreement = None
     if comparison.compare:
         agreement = compare_mappers(survey, loaded)
-        _print_agreement(agreement)
-    if outputs.out:
-        export.write_footprints(survey.repaired, outputs.out)
-    if outputs.report:
-        text = json.dumps(survey.content(agreement), indent=2) + "\n"
-        write_text(outputs.report, text, "the report")
+        columns = agreement.drop(columns=["pixels_both", "pixels_either"])
+        click.echo("\n" + _table_in_km2(columns, always=("iou", "raster_iou")))
+    if out:
+        export.write_footprints(survey.repaired, out)
+    if report:
+        write_json(report, survey.content(agreement), "the report")
     if (survey.findings["finding"] == FAR_FROM_SITE).any():
         click.get_current_context().exit(1)
 
@@ -198,11 +189,6 @@ def _print_survey(survey: PolygonSurvey) -> None:
         click.echo(f"{file.path}: {each.rows} rows, {len(each.polygons)} kept, {crs}")
     _print_findings(survey.findings)
     click.echo("\n" + _table_in_km2(survey.mapped_areas))
-
-
-def _print_agreement(agreement: pd.DataFrame) -> None:
-    columns = agreement.drop(columns=["pixels_both", "pixels_either"])
-    click.echo("\n" + _table_in_km2(columns, always=("iou", "raster_iou")))
 
 
 def _print_findings(findings: pd.DataFrame) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,14 +22,6 @@ from minecube.release import layout
 
 _SHOWN = 12
 """Most findings printed per check. The JSON has all."""
-
-release_option = click.option(
-    "--release",
-    "release_id",
-    default="eurominenet",
-    show_default=True,
-    help="Published dataset (catalog/releases.yaml).",
-)
 
 
 @click.group()
@@ -76,7 +67,13 @@ def _check_archive(_ctx: click.Context, _param: click.Parameter, archive: str | 
     is_flag=True,
     help="Download the whole archive into that folder first. For servers without byte ranges.",
 )
-@release_option
+@click.option(
+    "--release",
+    "release_id",
+    default="eurominenet",
+    show_default=True,
+    help="Published dataset (catalog/releases.yaml).",
+)
 def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     """Import sites, grids, years and labels of a published archive (URL or path).
 
@@ -125,33 +122,6 @@ def _print_import(imported: releases.Imported, archive: releases.Archive, out: P
     )
 
 
-@dataclass(frozen=True)
-class Findings:
-    """Results of an audit."""
-
-    findings: Sequence[auditing.AuditFinding]
-    changes: pd.DataFrame
-    """Changed pixels per pair of years."""
-    bands: pd.DataFrame | None
-    """Statistics per band; None without pixels."""
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of findings per check."""
-        return auditing.count_findings(self.findings)
-
-    def content(self) -> dict[str, object]:
-        """Return all results as nested dictionaries for JSON."""
-        content: dict[str, object] = {
-            "counts": self.counts,
-            "findings": [dataclasses.asdict(finding) for finding in self.findings],
-            "changes": self.changes.to_dict("records"),
-        }
-        if self.bands is not None:
-            content["bands"] = self.bands.to_dict("records")
-        return content
-
-
 @release.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
@@ -188,17 +158,22 @@ def audit(folder: Path, archive: str | None, split_file: Path | None, out: Path 
         pixels = _read_pixels(archive, imported, folder)
         bands = auditing.compute_band_statistics(pixels, published).reset_index()
     split = _load_split(split_file, published)
-    results = Findings(
-        findings=auditing.audit_release(imported, published, split, pixels),
-        changes=auditing.compute_change_rates(imported.changes),
-        bands=bands,
-    )
-    _print_findings(results)
-    _print_changes(results.changes)
-    _print_bands(results.bands)
+    findings = auditing.audit_release(imported, published, split, pixels)
+    changes = auditing.compute_change_rates(imported.changes)
+    counts = auditing.count_findings(findings)
+    _print_findings(findings, counts)
+    _print_changes(changes)
+    _print_bands(bands)
     if out:
-        releases.write_json(out, results.content())
-    if results.findings:
+        content: dict[str, object] = {
+            "counts": counts,
+            "findings": [dataclasses.asdict(finding) for finding in findings],
+            "changes": changes.to_dict("records"),
+        }
+        if bands is not None:
+            content["bands"] = bands.to_dict("records")
+        releases.write_json(out, content)
+    if findings:
         click.get_current_context().exit(1)
 
 
@@ -218,17 +193,17 @@ def _read_pixels(archive: str, imported: releases.Imported, folder: Path) -> pd.
         return auditing.sum_pixels(opened, imported.years, bar.advance)
 
 
-def _print_findings(results: Findings) -> None:
-    if not results.findings:
+def _print_findings(findings: Sequence[auditing.AuditFinding], counts: Mapping[str, int]) -> None:
+    if not findings:
         click.echo("nothing is wrong")
         return
-    click.echo(format_table(("check", "findings"), list(results.counts.items())))
+    click.echo(format_table(("check", "findings"), list(counts.items())))
     rows = []
-    for check in results.counts:
-        of_check = [finding for finding in results.findings if finding.check == check]
+    for check in counts:
+        of_check = [finding for finding in findings if finding.check == check]
         rows += [(f.check, f.site or "-", f.year or "-", f.found) for f in of_check[:_SHOWN]]
     click.echo("\n" + format_table(("check", "site", "year", "what was found"), rows))
-    hidden = len(results.findings) - len(rows)
+    hidden = len(findings) - len(rows)
     if hidden:
         click.echo(f"and {hidden} more, of checks with over {_SHOWN}; --json FILE has all")
 

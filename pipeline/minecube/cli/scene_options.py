@@ -9,6 +9,7 @@ import click
 
 from minecube import cube
 from minecube.catalog import Recipe, Source, pick
+from minecube.cli.options import F
 from minecube.jobs.build import BuildJob
 from minecube.jobs.catalogs import choose_sources, load_all_recipes
 from minecube.jobs.scene_lists import default_folder
@@ -21,20 +22,30 @@ source_option = click.option(
     "comma-separated, in order of preference: later sources fill in acquisitions that "
     "earlier ones lack.",
 )
-recipe_option = click.option(
+_recipe_option = click.option(
     "--recipe",
     "recipe_id",
     default="annual-median",
     show_default=True,
     help="Recipe of the composite (catalog/recipes.yaml).",
 )
-snapshots_option = click.option(
+_snapshots_option = click.option(
     "--scenes",
     "snapshots",
     type=click.Path(path_type=Path),
     help="Folder of scene lists. Existing lists are reused; missing ones are searched and saved. "
     "[default: <store>-scenes]",
 )
+
+
+def scene_options(command: F) -> F:
+    """Add --source and --recipe of `SceneOptions`."""
+    return source_option(_recipe_option(command))
+
+
+def job_options(command: F) -> F:
+    """Add --source, --recipe and --scenes of `JobOptions`."""
+    return scene_options(_snapshots_option(command))
 
 
 @dataclass(frozen=True)

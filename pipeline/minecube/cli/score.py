@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from minecube.cli.parameters import OutFile, OutFolder
 from minecube.errors import CatalogError
 from minecube.jobs.score import Counts, count_sites, join_counts, read_counts
 from minecube.jobs.score_tables import NOUN, ScoreTables, replace_nan, write_tables
-from minecube.jobs.tables import write_text
+from minecube.jobs.tables import write_json
 
 
 @click.command()
@@ -91,7 +90,7 @@ def score(
     click.echo(tables.text())
     if json_file:
         content = {"ca_tiou_version": metrics.CA_TIOU_VERSION, **tables.content()}
-        write_text(json_file, json.dumps(replace_nan(content), indent=2) + "\n", NOUN)
+        write_json(json_file, replace_nan(content), NOUN)
     if out:
         for path in write_tables(tables, out):
             click.echo(path)

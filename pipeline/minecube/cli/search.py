@@ -9,14 +9,7 @@ import click
 
 from minecube import scenes
 from minecube.cli.bars import progress_bar
-from minecube.cli.options import (
-    SiteOptions,
-    catalog_option,
-    collect_options,
-    margin_option,
-    sites_option,
-    years_option,
-)
+from minecube.cli.options import SiteOptions, catalog_sites_options, collect_options, years_option
 from minecube.cli.parameters import OutFolder
 from minecube.cli.scene_options import source_option
 from minecube.jobs.catalogs import choose_sources
@@ -25,11 +18,9 @@ from minecube.jobs.tables import format_table
 
 
 @click.command()
-@sites_option
-@margin_option
+@catalog_sites_options
 @years_option
 @source_option
-@catalog_option
 @click.option(
     "--out",
     type=OutFolder(),

@@ -7,22 +7,14 @@ from pathlib import Path
 import click
 
 from minecube.cli.bars import progress_bar
-from minecube.cli.options import (
-    SiteOptions,
-    catalog_option,
-    collect_options,
-    margin_option,
-    sites_option,
-)
+from minecube.cli.options import SiteOptions, catalog_sites_options, collect_options
 from minecube.cli.parameters import SEED, Years
 from minecube.simulate import World
 from minecube.simulate import simulate_archive as make_world
 
 
 @click.command()
-@sites_option
-@margin_option
-@catalog_option
+@catalog_sites_options
 @click.option(
     "--years", type=Years(), default="2015,2020,2022", show_default=True, help="Years to simulate."
 )

@@ -7,21 +7,13 @@ from collections.abc import Sequence
 import click
 
 from minecube.catalog import Site
-from minecube.cli.options import (
-    SiteOptions,
-    catalog_option,
-    collect_options,
-    margin_option,
-    sites_option,
-)
+from minecube.cli.options import SiteOptions, catalog_sites_options, collect_options
 from minecube.grid import grid_of
 from minecube.jobs.tables import format_table
 
 
 @click.command()
-@sites_option
-@margin_option
-@catalog_option
+@catalog_sites_options
 @collect_options
 def sites(sites: SiteOptions) -> None:
     """List sites with country, split, years and grid.

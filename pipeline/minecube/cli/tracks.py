@@ -9,22 +9,11 @@ from typing import Any
 import click
 
 from minecube.cli.bars import progress_bar
-from minecube.cli.options import (
-    StoreSites,
-    collect_options,
-    sites_option,
-    writable_store_option,
-)
+from minecube.cli.options import StoreSites, collect_options, sites_option, writable_store_option
 from minecube.cli.parameters import FiniteRange, OutFolder, RatesMethod
 from minecube.errors import CatalogError
 from minecube.jobs.tables import format_table
-from minecube.jobs.tracks import (
-    SUFFIX,
-    SmoothedSites,
-    choose_rates,
-    read_maps,
-    smooth_sites,
-)
+from minecube.jobs.tracks import SUFFIX, SmoothedSites, choose_rates, read_maps, smooth_sites
 from minecube.tracks.smoothing import TEMPER
 
 

@@ -21,8 +21,9 @@ from minecube.cli.options import (
     device_option,
     sites_option,
     store_option,
+    training_seed_option,
 )
-from minecube.cli.parameters import SEED, OutFile
+from minecube.cli.parameters import OutFile
 from minecube.errors import CatalogError, ModelError
 from minecube.jobs.catalogs import load_all_models, load_all_presets
 from minecube.jobs.selection import SiteChoice, stored_sites
@@ -79,13 +80,7 @@ class NetworkOptions:
 @click.option(
     "--epochs", type=click.IntRange(min=1), help="Number of epochs. [default: the preset's]"
 )
-@click.option(
-    "--seed",
-    type=SEED,
-    default=0,
-    show_default=True,
-    help="Seed of weights, windows and augmentation.",
-)
+@training_seed_option
 @device_option
 @click.option(
     "--workers",

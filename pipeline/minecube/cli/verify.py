@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from minecube.cli.bars import progress_bar
 from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
 from minecube.cli.parameters import OutFile
 from minecube.jobs.repair import repair_commands
-from minecube.jobs.tables import write_text
+from minecube.jobs.tables import write_json
 
 _SHOWN = 50
 """Most findings printed. The JSON has all."""
@@ -63,8 +62,7 @@ def verify(sites: StoreSites, out: Path | None, workers: int, uncommit: bool) ->
     _print_findings(report)
     commands = repair_commands(store, report)
     if out:
-        content = _content(store, report, commands)
-        write_text(out, json.dumps(content, indent=2) + "\n", "the findings")
+        write_json(out, _content(store, report, commands), "the findings")
     extent = (
         f"{len(names)} sites, {_count_years(report)} site-years, {report.objects} objects, "
         f"{report.bytes / 1e6:,.1f} MB"

@@ -58,15 +58,8 @@ def write_croissant(
 ) -> Path:
     """Write `croissant.json` for these files into `out` and return its path.
 
-    Hrefs are relative to `out`.
-
-    Args:
-        out: The folder above all files.
-        files: Images, tables, NetCDF files. Leave out Zarrs: Croissant has no checksum for folders.
-        credited: The inputs to credit with licence and citation.
-        title: The data set's title.
-        description: Description for people.
-        published: Publication date of the data set.
+    Hrefs are relative to `out`, the folder above all files. Leave out Zarrs: Croissant has no
+    checksum for folders.
 
     Raises:
         CubeError: there is no file, one lies outside `out` or cannot be read, or writing fails.

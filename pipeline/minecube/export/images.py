@@ -70,9 +70,6 @@ def write_layers(
         layers: Integer layers (y, x). Attribute `nodata` is required. The optional `long_name`,
             `flag_masks` and `flag_meanings` are written, too.
         mapped: The source probability (year, y, x) with its model card. The card's terms apply.
-        grid: Grid of the layers.
-        out: Folder.
-        site: The site's name.
 
     Raises:
         CubeError: the layers do not match the grid, or writing fails.
@@ -156,10 +153,8 @@ def _write_cog(
 def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | None = None) -> None:
     """Write footprints as GeoParquet (`.parquet`) or GeoPackage (`.gpkg`), by suffix.
 
-    Args:
-        table: The outlines. Text in `table.attrs` (licence, citation) becomes file metadata.
-        path: The file.
-        changed: Date of the last change, stored in a GeoPackage. Default: now.
+    Text in `table.attrs` (licence, citation) becomes file metadata. A GeoPackage stores the date of
+    the last change, by default now.
 
     Raises:
         CubeError: the suffix is not supported, or writing fails.

@@ -194,12 +194,9 @@ def _make_attributes(variable: xr.DataArray) -> dict[str, Any]:
     layer = _DESCRIBED.get(str(variable.name))
     if layer is None:
         return _attributes_from_store(variable)
-    return _attributes_from_settings(layer, variable.dtype)
-
-
-def _attributes_from_settings(layer: Layer, dtype: np.dtype[Any]) -> dict[str, Any]:
     # Plain attributes: xarray's `encoding` would divide the values by the scale on writing.
-    attributes = {"long_name": layer.title, **layer.cf, "_FillValue": dtype.type(layer.nodata)}
+    nodata = variable.dtype.type(layer.nodata)
+    attributes = {"long_name": layer.title, **layer.cf, "_FillValue": nodata}
     if layer.scale != 1:
         attributes["scale_factor"] = layer.scale
     return attributes

@@ -76,9 +76,8 @@ def _missing_repository(place: str) -> CubeError:
 
 def _open_storage(place: str) -> icechunk.Storage:
     if not _is_url(place):
-        icechunk.set_logs_filter(
-            "error"
-        )  # it warns about several processes, but `publish_release` locks
+        # Icechunk warns about several processes, but `publish_release` locks.
+        icechunk.set_logs_filter("error")
         return icechunk.local_filesystem_storage(place)
     scheme, _, address = place.partition("://")
     if scheme != "s3":

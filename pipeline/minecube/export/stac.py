@@ -61,7 +61,6 @@ def write_stac(
     *,
     title: str,
     description: str,
-    licence: str = "other",
 ) -> Path:
     """Write a self-contained STAC collection and return the path of collection.json.
 
@@ -77,7 +76,6 @@ def write_stac(
             as NetCDF or Zarr.
         title: The collection's title, also the basis of its id.
         description: Description for people. The attribution required by the Copernicus terms is added.
-        licence: SPDX identifier of the whole, or "other" for the linked licences of the inputs.
 
     Raises:
         CubeError: there is no image, a file lies outside `out` or cannot be read, or writing fails.
@@ -110,12 +108,11 @@ def write_stac(
         "stac_extensions": _list_extensions(_list_prefixes(imagery_first, assets)),
         "id": collection_id,
         "title": title,
-        **_describe_inputs(description, list(items.values()), imagery_first, licence),
+        **_describe_inputs(description, list(items.values()), imagery_first),
     }
     collection["links"] += [_make_link("item", path, out) for path in items]
-    table = out / "items.parquet"
-    _write_items([_move_hrefs(item, path.parent, out) for path, item in items.items()], table)
-    collection["assets"] = {**assets, "items": _make_items_asset(table, out)}
+    moved = [_move_hrefs(item, path.parent, out) for path, item in items.items()]
+    collection["assets"] = {**assets, "items": _write_items(moved, out)}
     for path, content in {**items, root: collection}.items():
         with open_draft(path) as draft:
             draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -134,15 +131,14 @@ def _move_hrefs(item: Mapping[str, Any], source: Path, target: Path) -> dict[str
     return {**item, "assets": assets, "links": [move(link) for link in item["links"]]}
 
 
-def _write_items(items: list[dict[str, Any]], path: Path) -> None:
+def _write_items(items: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    """Write items.parquet. Returns its asset."""
+    path = out / "items.parquet"
     table = stac_geoparquet.arrow.parse_stac_items_to_arrow(items)
     with open_draft(path) as draft:
         stac_geoparquet.arrow.to_parquet(table, draft)
-
-
-def _make_items_asset(table: Path, out: Path) -> dict[str, Any]:
     return {
-        **describe_file(table, out, "The items as stac-geoparquet"),
+        **describe_file(path, out, "The items as stac-geoparquet"),
         "type": MEDIA[".parquet"],
         "roles": ["collection-mirror"],
     }
@@ -253,7 +249,7 @@ def _list_prefixes(inputs: Iterable[Credit], assets: Mapping[str, Any]) -> set[s
 
 
 def _describe_inputs(
-    description: str, items: Sequence[Mapping[str, Any]], inputs: Sequence[Credit], licence: str
+    description: str, items: Sequence[Mapping[str, Any]], inputs: Sequence[Credit]
 ) -> dict[str, Any]:
     """Return a collection's fields on its extent, and on the origin and terms of its inputs."""
     west, south, east, north = zip(*(item["bbox"] for item in items), strict=True)
@@ -273,7 +269,7 @@ def _describe_inputs(
             f"{description}\n\nContains modified Copernicus Sentinel data {start[:4]}-{end[:4]}. "
             f"Terms: {terms}."
         ),
-        "license": licence,
+        "license": "other",  # the inputs' licences are linked
         "providers": _list_providers(inputs),
         "extent": {
             "spatial": {"bbox": [[min(west), min(south), max(east), max(north)]]},

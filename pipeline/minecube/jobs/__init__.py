@@ -20,9 +20,9 @@ MinecubeError. Long jobs take a `progress` callback.
 
     selection.py    choose sites              scene_lists.py  search or load lists of scenes
     catalogs.py     entries of catalogues     copies.py       replace scenes with missing files
-    workers.py      tasks on a Dask cluster   memory.py       keep freed memory
-    failures.py     explain errors            repair.py       commands that mend a store
-    tables.py       text tables               score_tables.py tables and pictures of scores
+    workers.py      tasks on a Dask cluster   repair.py       commands that mend a store
+    failures.py     explain errors            score_tables.py tables and pictures of scores
+    tables.py       text tables and files
 
 Every other module is one job. Names are loaded at their first use. Importing the package loads
 neither torch nor dask.
@@ -33,46 +33,27 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_HOME = {
-    "Audit": "audit",
-    "Benchmark": "bench",
-    "BuildPlan": "plan",
-    "ExportOptions": "export",
-    "BuildJob": "build",
-    "MapOptions": "predict",
-    "Mapped": "predict",
-    "Outcome": "build",
-    "ScoreTables": "score_tables",
-    "SiteChoice": "selection",
-    "SiteLabels": "label",
-    "SmoothedSites": "tracks",
-    "Track": "tracks",
-    "audit_scenes": "audit",
-    "build_cubes": "build",
-    "build_year": "build",
-    "choose_rates": "tracks",
-    "choose_sites": "selection",
-    "choose_sources": "catalogs",
-    "compare_mappers": "polygons",
-    "count_sites": "score",
-    "draw_labels": "label",
-    "export_release": "release",
-    "export_sites": "export",
-    "map_on_workers": "predict",
-    "map_site": "predict",
-    "plan_build": "plan",
-    "publish_sites": "publish",
-    "repair_commands": "repair",
-    "run_benchmark": "bench",
-    "run_demo": "demo",
-    "score_site": "score",
-    "smooth_sites": "tracks",
-    "stored_sites": "selection",
-    "survey_files": "polygons",
-    "track_site": "tracks",
-    "train_network": "train",
-    "write_tables": "score_tables",
+_NAMES = {
+    "audit": ("Audit", "audit_scenes"),
+    "bench": ("Benchmark", "run_benchmark"),
+    "build": ("BuildJob", "Outcome", "build_cubes", "build_year"),
+    "catalogs": ("choose_sources",),
+    "demo": ("run_demo",),
+    "export": ("ExportOptions", "export_sites"),
+    "label": ("SiteLabels", "draw_labels"),
+    "plan": ("BuildPlan", "plan_build"),
+    "polygons": ("compare_mappers", "survey_files"),
+    "predict": ("MapOptions", "Mapped", "map_on_workers", "map_site"),
+    "publish": ("publish_sites",),
+    "release": ("export_release",),
+    "repair": ("repair_commands",),
+    "score": ("count_sites", "score_site"),
+    "score_tables": ("ScoreTables", "write_tables"),
+    "selection": ("SiteChoice", "choose_sites", "stored_sites"),
+    "tracks": ("SmoothedSites", "Track", "choose_rates", "smooth_sites", "track_site"),
+    "train": ("train_network",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_HOME)
 

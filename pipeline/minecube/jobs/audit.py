@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -71,14 +71,8 @@ def audit_scenes(
 ) -> Audit:
     """Search all site-years in all sources, and compare the scenes with the expected passes.
 
-    Reads no pixels.
-
-    Args:
-        sites: the sites.
-        years: the years.
-        sources: the sources, searched one by one.
-        recipe: its months and its needed dates judge a site-year.
-        progress: called with the site-year of each search.
+    Reads no pixels. The recipe's months and needed dates judge a site-year. `progress` gets the
+    site-year of each search.
 
     Raises:
         SceneError: a year is without Sentinel-2.
@@ -153,27 +147,20 @@ def _list_scenes(
             for source in sources
         }
         for year in years:
-            by_source = {source.id: searches[year, source.id] for source in sources}
+            answers: list[coverage.Listing] = []
             failures: list[Unanswered] = []
-            for name, search in by_source.items():
-                error = _wait_for(search)
-                if error:
-                    failures.append(Unanswered(f"{site.id} {year}", name, str(error)))
+            for source in sources:
+                try:
+                    answers.append(searches[year, source.id].result())
+                except SceneError as error:
+                    failures.append(Unanswered(f"{site.id} {year}", source.id, str(error)))
                 progress(f"{site.id} {year}")
             unanswered += failures
             if not failures:
-                listings += [search.result() for search in by_source.values()]
+                listings += answers
     finally:
         pool.shutdown(cancel_futures=True)
     return listings, unanswered
-
-
-def _wait_for(search: Future[coverage.Listing]) -> SceneError | None:
-    """Wait for a search. Returns its SceneError, and raises any other error."""
-    error = search.exception()
-    if error is None or isinstance(error, SceneError):
-        return error
-    raise error
 
 
 def _list_year(site: Site, year: int, source: Source) -> coverage.Listing:

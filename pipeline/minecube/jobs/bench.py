@@ -1,8 +1,5 @@
 """Train, apply and score networks on one split, and write two tables.
 
-    split = split_sites(store, train, valid, test)
-    run_benchmark(Benchmark(...))   -> [Path]   tables, scores and pictures
-
 An interrupted benchmark resumes: trained networks and finished maps are kept in the folder and the
 store.
 """
@@ -28,8 +25,8 @@ from minecube.jobs.predict import MapOptions, map_site
 from minecube.jobs.score import count_sites, need_labels
 from minecube.jobs.score_tables import NOUN, ScoreTables, format_score, write_tables
 from minecube.jobs.selection import SiteChoice, stored_sites
-from minecube.jobs.tables import format_latex, format_markdown, write_text
-from minecube.jobs.tracks import SUFFIX, write_smoothed
+from minecube.jobs.tables import format_latex, format_markdown, write_json, write_text
+from minecube.jobs.tracks import SUFFIX, SmoothedSites, read_maps, write_smoothed
 from minecube.jobs.train import checkpoint_path, train_network
 
 MAPPING = ("f1", "iou", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "boundary_f1")
@@ -124,9 +121,10 @@ def choose_models(cards: Mapping[str, ModelCard], patterns: str) -> tuple[ModelC
     names: set[str] = set()
     for text in patterns.split(","):
         pattern = text.strip()
-        if not fnmatch.filter(cards, pattern):
+        matches = fnmatch.filter(cards, pattern)
+        if not matches:
             raise CatalogError(f"unknown model {pattern!r}; `minecube models` lists what there is")
-        names |= {name for name in cards if fnmatch.fnmatchcase(name, pattern)}
+        names.update(matches)
     return tuple(card for name, card in cards.items() if name in names)
 
 
@@ -137,10 +135,7 @@ def run_benchmark(
 ) -> list[Path]:
     """Train and map each network, score all maps, and write tables, scores and pictures.
 
-    Args:
-        benchmark: networks, sites and settings.
-        begin_model: called with each network and its number, from 1.
-        progress: called during training, mapping and scoring.
+    Calls `begin_model` with each network and its number, from 1.
 
     Returns the paths of tables, scores and pictures. The tables are mapping.md and change.md.
 
@@ -174,9 +169,7 @@ def list_comparisons(cards: Sequence[ModelCard]) -> list[tuple[str, str]]:
 
 
 def write_benchmark(benchmark: Benchmark, tables: ScoreTables, runs: ModelRuns) -> list[Path]:
-    """Write the two tables, all scores and counts, and pictures of the best models.
-
-    Returns the paths.
+    """Write tables, all scores and counts, and pictures of the best models. Returns the paths.
 
     Raises CatalogError if a file cannot be written.
     """
@@ -250,8 +243,8 @@ def _read_notes(benchmark: Benchmark, card: ModelCard) -> dict[str, float]:
 
 
 def _add_notes(benchmark: Benchmark, card: ModelCard, **notes: float) -> None:
-    text = json.dumps(_read_notes(benchmark, card) | notes, indent=2) + "\n"
-    write_text(_model_path(benchmark, card, ".json"), text, NOUN)
+    path = _model_path(benchmark, card, ".json")
+    write_json(path, _read_notes(benchmark, card) | notes, NOUN)
 
 
 def _train_once(benchmark: Benchmark, card: ModelCard, progress: Progress) -> models.TrainedModel:
@@ -317,11 +310,10 @@ def _report_mapping(progress: Progress, site: str, windows: int, total: int) -> 
 def _smooth_tests(benchmark: Benchmark, prediction: str) -> None:
     """Smooth the maps of the test sites with rates learned from them."""
     store = benchmark.store
-    maps = {site: cube.open_probability(store, site, prediction) for site in benchmark.split.test}
-    rates = tracks.learn_rates(maps.values())
+    maps = read_maps(store, benchmark.split.test, prediction)
+    smoothed = SmoothedSites(prediction, maps, tracks.learn_rates(maps.values()))
     for site, lazy in maps.items():
-        card = {**lazy.attrs["model"], "rates": asdict(rates)}
-        write_smoothed(store, site, prediction, tracks.smooth(lazy.compute(), rates), card)
+        write_smoothed(store, smoothed, site, tracks.smooth(lazy.compute(), smoothed.rates))
 
 
 def _score_tests(benchmark: Benchmark, runs: ModelRuns, progress: Progress) -> ScoreTables:

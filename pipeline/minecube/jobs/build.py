@@ -1,9 +1,4 @@
-"""Build site-years from scenes: the job of `minecube build`.
-
-job = Job(store=..., sources=..., recipe=..., snapshots=...)
-build_cubes(job, sites, years)  -> [Outcome]    all site-years, on this machine or a cluster
-build_year(job, site, year)     -> Outcome      one site-year, the unit of work
-"""
+"""Build site-years from scenes: the job of `minecube build`."""
 
 from __future__ import annotations
 
@@ -125,13 +120,6 @@ def build_cubes(
 
     All searches come first: a site without any scenes leaves no group in the store.
 
-    Args:
-        job: input, method and store.
-        sites: the sites.
-        years: the years.
-        executor: runs the tasks, such as the executor of a Dask client.
-        progress: called with each outcome.
-
     Raises:
         MinecubeError: nothing can be built. Causes are a year without Sentinel-2, a source without
             a band or its keys, a site without polygon, and a group with another recipe or grid.
@@ -171,13 +159,7 @@ def choose_scenes(
     """Return the year's scenes, and the scenes for the recipe.
 
     The second includes the neighbouring years if the recipe falls back on them. A neighbour may
-    lack scenes.
-
-    Args:
-        job: sources, recipe and folder of scene lists.
-        site: the site.
-        year: the year.
-        find: `scene_lists.load_or_search` or `scene_lists.load_or_save`.
+    lack scenes. `find` is `scene_lists.load_or_search` or `scene_lists.load_or_save`.
 
     Raises:
         SceneError: the year has no scenes, or too few for the recipe, or a search had no answer.
@@ -198,12 +180,9 @@ def choose_scenes(
 
 
 def load_tools(recipe: Recipe, device: str, catalog: Path | None) -> Tools:
-    """Load the geomedian for the device, and the recipe's second mask.
+    """Load the geomedian for the device (cpu, or a GPU such as cuda), and the recipe's second mask.
 
-    Args:
-        recipe: may ask for a second opinion on clouds.
-        device: cpu, or a GPU such as cuda.
-        catalog: folder of the recipe; its weights are relative to it.
+    Weights of the mask are relative to the folder `catalog`.
 
     Raises:
         CatalogError: a package is missing. The message names the extra to install.
@@ -239,29 +218,19 @@ def build_year(
 ) -> Outcome:
     """Build and commit one site-year, the unit of work on every machine.
 
-    Never raises MinecubeError: a failed outcome contains the reason.
-
-    Args:
-        job: input, method and store.
-        site: the site.
-        year: the year.
-        workers: threads that compute blocks.
-        stopped: whether to begin no further blocks.
+    Never raises MinecubeError: a failed outcome contains the reason. Uses `workers` threads, and
+    begins no further blocks once `stopped` returns True.
     """
     start = time.monotonic()
     site_year = _SiteYear(job=job, site=site, year=year, workers=workers, stopped=stopped)
     try:
         outcome = _build_or_keep(site_year)
     except LostReadError as error:
-        outcome = _describe_failed(
-            job.store,
-            site,
-            year,
-            LostReadError(
-                f"{error}; name one more --source that has it, "
-                "or accept lost reads with --min-read-completeness"
-            ),
+        advice = LostReadError(
+            f"{error}; name one more --source that has it, "
+            "or accept lost reads with --min-read-completeness"
         )
+        outcome = _describe_failed(job.store, site, year, advice)
     except MinecubeError as error:
         outcome = _describe_failed(job.store, site, year, error)
     return replace(outcome, seconds=time.monotonic() - start)
@@ -310,13 +279,9 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
 def _composite_year(
     task: _SiteYear, candidates: Sequence[pystac.Item], notes: dict[str, Any], *, copied: bool
 ) -> Outcome:
-    """Check, read and write a site-year.
+    """Check, read and write a site-year. Results of the checks are added to the provenance `notes`.
 
-    Args:
-        task: the site-year.
-        candidates: its scenes.
-        notes: its provenance; the results of the checks are added.
-        copied: whether a missing file raises GoneError, to try a copy.
+    With `copied`, a missing file raises UnusableFileError, to try a copy.
     """
     start = time.monotonic()
     job = task.job

@@ -22,24 +22,19 @@ from minecube.errors import CatalogError
 T = TypeVar("T")
 
 
-def load_all_sources(folder: Path | None) -> dict[str, Source]:
-    """Load the shipped sources and the sources of a folder."""
-    return _load_both(load_sources, folder, "sources.yaml", "source")
-
-
 def load_all_recipes(folder: Path | None) -> dict[str, Recipe]:
     """Load the shipped recipes and the recipes of a folder."""
-    return _load_both(load_recipes, folder, "recipes.yaml", "recipe")
+    return _load_both(load_recipes, folder, "recipe")
 
 
 def load_all_models(folder: Path | None) -> dict[str, ModelCard]:
     """Load the shipped model cards and the model cards of a folder."""
-    return _load_both(load_models, folder, "models.yaml", "model")
+    return _load_both(load_models, folder, "model")
 
 
 def load_all_presets(folder: Path | None) -> dict[str, TrainingSettings]:
     """Load the shipped training settings and the training settings of a folder."""
-    return _load_both(load_presets, folder, "presets.yaml", "preset")
+    return _load_both(load_presets, folder, "preset")
 
 
 def choose_sources(ids: str, folder: Path | None) -> tuple[Source, ...]:
@@ -50,7 +45,7 @@ def choose_sources(ids: str, folder: Path | None) -> tuple[Source, ...]:
     names = [name.strip() for name in ids.split(",")]
     if len(set(names)) < len(names):
         raise CatalogError(f"--source {ids}: expected each source once")
-    sources = load_all_sources(folder)
+    sources = _load_both(load_sources, folder, "source")
     return tuple(pick(sources, name, "source") for name in names)
 
 
@@ -64,12 +59,10 @@ def need_new_names(shipped: dict[str, T], users: dict[str, T], folder: Path, kin
         )
 
 
-def _load_both(
-    load: Callable[..., dict[str, T]], folder: Path | None, file: str, kind: str
-) -> dict[str, T]:
+def _load_both(load: Callable[..., dict[str, T]], folder: Path | None, kind: str) -> dict[str, T]:
     shipped = load()
-    if folder is None or not (folder / file).exists():
+    if folder is None or not (folder / f"{kind}s.yaml").exists():
         return shipped
-    users = load(folder / file)
+    users = load(folder / f"{kind}s.yaml")
     need_new_names(shipped, users, folder, kind)
     return shipped | users

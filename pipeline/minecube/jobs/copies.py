@@ -97,7 +97,7 @@ class Copies:
         """Take the first copy with all its files, in the order of the later sources."""
         for source in self._later_sources(current):
             for copy in scenes.find_copies(scene, self._scenes_of(scene, source)):
-                if not self._is_complete(copy):
+                if not copy.assets.keys() >= set(self._bands) or find_missing(copy, self._bands):
                     continue
                 self.copies[scene.id] = copy
                 self.reasons[scene.id] = reason
@@ -109,11 +109,6 @@ class Copies:
                     source.id,
                 )
                 return
-
-    def _is_complete(self, copy: pystac.Item) -> bool:
-        return all(band in copy.assets for band in self._bands) and not find_missing(
-            copy, self._bands
-        )
 
     def _scenes_of(self, scene: pystac.Item, source: Source) -> Sequence[pystac.Item]:
         """Return a source's scenes of the scene's year, or () if the search fails."""

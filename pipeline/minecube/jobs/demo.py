@@ -7,7 +7,6 @@ learns from two mines and maps the third.
 from __future__ import annotations
 
 import dataclasses
-import json
 import resource
 import sys
 import time
@@ -41,7 +40,7 @@ from minecube.jobs.label import draw_labels
 from minecube.jobs.predict import map_site
 from minecube.jobs.score import score_site
 from minecube.jobs.score_tables import NOUN, SHOWN
-from minecube.jobs.tables import write_text
+from minecube.jobs.tables import write_json
 from minecube.scenes import snapshot
 from minecube.simulate import World, simulate_archive
 
@@ -101,11 +100,8 @@ def run_demo(
 
     Takes three to five minutes and 1.7 GB on two cores.
 
-    Args:
-        folder: new or empty folder for all results: cubes, exports, pictures and summary.json.
-        epochs: number of training epochs.
-        seed: seed of the simulated world and of the training.
-        stage: wraps each stage, for instance to print its title and duration.
+    The folder gets cubes, exports, pictures and summary.json. `stage` wraps each stage, for
+    instance to print its title and duration.
 
     Returns the content of summary.json: name of a measure -> value.
 
@@ -141,7 +137,7 @@ def run_demo(
         export_sites(demo.store, [site.id for site in sites], folder / "export", options)
     summary["seconds"] = round(time.monotonic() - start, 1)
     summary["peak_rss_mb"] = _peak_memory_mb()
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n", NOUN)
+    write_json(folder / "summary.json", summary, NOUN)
     return summary
 
 

@@ -65,13 +65,6 @@ def export_sites(
 ) -> tuple[list[Path], list[Path]]:
     """Write sites in the given formats. The same store always gives the same bytes.
 
-    Args:
-        store: the cubes.
-        sites: the sites.
-        folder: folder for the files.
-        options: prediction, formats and minimum area.
-        progress: called with each finished site.
-
     Returns the paths of the images, and of all other formats.
 
     Raises:

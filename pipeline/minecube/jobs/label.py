@@ -1,8 +1,4 @@
-"""Draw mine polygons on the grids of the cubes: the job of `minecube label`.
-
-drawing = draw_labels(polygons, site, grid, years, file)   -> SiteLabels   in memory
-drawing.write(store)
-"""
+"""Draw mine polygons on the grids of the cubes: the job of `minecube label`."""
 
 from __future__ import annotations
 
@@ -69,14 +65,9 @@ def draw_labels(
 ) -> SiteLabels:
     """Draw the polygons of one site.
 
-    Args:
-        polygons: rows of all sites, as `labels.read_polygons` returns them. Rows without a site
-            belong to every site.
-        site: the site.
-        grid: its grid.
-        years: years to draw.
-        file: file of the polygons, for errors and origins.
-        origin: sources and licences; by default from the columns, see `format_origin`.
+    Polygons of all sites come from `labels.read_polygons`. Rows without a site belong to every site.
+    The file of the polygons is for errors and origins. `origin` has their sources and licences, by
+    default from the columns, see `format_origin`.
 
     Raises LabelError if no row names this site or no site.
     """
@@ -115,10 +106,8 @@ def find_undrawn(
 ) -> UndrawnRows:
     """Find rows that name no site, and rows drawn nowhere.
 
-    Args:
-        polygons: rows of all sites.
-        rows_by_site: labelled site -> its rows, `SiteLabels.polygons.index`.
-        stored: all sites of the store.
+    `rows_by_site` has the index of `SiteLabels.polygons` for each labelled site. `stored` lists
+    all sites of the store.
     """
     unnamed = labels.mark_rows_without_site(polygons)
     reaching = np.any([polygons.index.isin(rows) for rows in rows_by_site.values()], axis=0)

@@ -79,12 +79,6 @@ def plan_build(
 ) -> BuildPlan:
     """Estimate upper bounds for each site-year of a build.
 
-    Args:
-        job: input, method and store of the build.
-        sites: the sites.
-        years: the years.
-        terms: speed and prices of the machine.
-
     Raises:
         CatalogError: a year is without Sentinel-2.
         CubeError: the store has another recipe or grid, or cannot be read.

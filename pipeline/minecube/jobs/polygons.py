@@ -1,8 +1,4 @@
-"""Survey files of mine polygons, and compare mappers: the job of `minecube polygons`.
-
-survey_files(files, areas, ...)       -> PolygonSurvey   findings, repaired polygons
-compare_mappers(survey, areas, ...)   -> DataFrame       agreement per site and year
-"""
+"""Survey files of mine polygons, and compare mappers: the job of `minecube polygons`."""
 
 from __future__ import annotations
 
@@ -121,11 +117,7 @@ def read_areas(sites: Sequence[Site]) -> dict[str, shapely.Geometry]:
 
 
 def survey_files(files: Sequence[PolygonFile], rules: SurveyRules) -> PolygonSurvey:
-    """Check and repair files of polygons.
-
-    Args:
-        files: the main file, and optionally a second mapper's file.
-        rules: areas of the sites, mapper column and smallest width.
+    """Check and repair the main file of polygons, and optionally a second mapper's file.
 
     Raises LabelError if a file cannot be read, or if both files are the same.
     """

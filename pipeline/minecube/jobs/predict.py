@@ -1,8 +1,4 @@
-"""Map whole sites of a store with a trained network: the job of `minecube predict`.
-
-map_site(store, site, mapper)              -> Mapped              one site
-map_on_workers(pool, store, sites, model)  -> (site, Mapped) ...  one task per site
-"""
+"""Map whole sites of a store with a trained network: the job of `minecube predict`."""
 
 from __future__ import annotations
 
@@ -87,12 +83,7 @@ def map_site(
 ) -> Mapped:
     """Map a site's committed years, except current builds already mapped by this model.
 
-    Args:
-        store: The cubes.
-        site: The site.
-        mapper: The model.
-        options: Name of the prediction, pairs of years, and whether to overwrite.
-        progress: Called with the number of finished windows, and of all windows.
+    Calls `progress` with the number of finished windows, and of all windows.
 
     Raises:
         CubeError: No year is committed, the name belongs to another model, or the store cannot be

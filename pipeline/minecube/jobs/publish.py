@@ -26,12 +26,8 @@ def publish_sites(
 ) -> Published:
     """Save the committed years of sites as a release in an Icechunk repository.
 
-    Args:
-        store: the cubes.
-        sites: the sites.
-        selection: text that chose the sites, for errors.
-        place: the repository: a folder, or s3://bucket/prefix.
-        tag: name of the release. Tags are permanent.
+    The repository `place` is a folder, or s3://bucket/prefix. Tags are permanent. The text
+    `selection` chose the sites, and is for errors.
 
     Raises:
         CubeError: no site has a committed year, or the tag holds another state.

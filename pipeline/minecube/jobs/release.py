@@ -45,13 +45,8 @@ def export_release(
 ) -> list[ExportedSite]:
     """Write sites as int16 images and 0/255 labels in EPSG:4326.
 
-    Args:
-        store: the cubes.
-        sites: the sites.
-        folder: folder for EuroMineNet/.
-        import_folder: an import of the release. Files then lie on the release's grids, and labels
-            are compared.
-        progress: called with each finished site.
+    The folder gets EuroMineNet/. With an import of the release, files lie on the release's grids,
+    and labels are compared.
 
     Raises:
         CatalogError: a site has other bands than the release, or is not in the import.

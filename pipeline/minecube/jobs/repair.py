@@ -10,10 +10,6 @@ from minecube import cube
 def repair_commands(store: cube.Store, report: cube.Report) -> list[str]:
     """List the commands to mend a store, one per line.
 
-    Args:
-        store: the store.
-        report: the findings of `cube.verify`.
-
     A packed store is unpacked, mended and packed again.
     """
     if store.packed:

@@ -1,8 +1,4 @@
-"""Count agreements of predictions and labels: the job of `minecube score`.
-
-counts = count_sites(store, sites, models)   -> Counts        model -> site -> Scores
-tables = ScoreTables.from_counts(counts)              -> ScoreTables   see score_tables.py
-"""
+"""Count agreements of predictions and labels: the job of `minecube score`."""
 
 from __future__ import annotations
 
@@ -32,14 +28,9 @@ def count_sites(
     baselines: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Counts:
-    """Count predictions of all sites against their labels.
+    """Count predictions, and optionally trivial baselines, against the labels of all sites.
 
-    Args:
-        store: the cubes.
-        sites: the sites.
-        models: names of predictions in the store.
-        baselines: whether to count trivial baselines, too.
-        progress: called with each finished "site model".
+    Calls `progress` with each finished "site model".
 
     Raises:
         LabelError: a site has no label in any built year.
@@ -110,13 +101,9 @@ def read_counts(path: Path) -> Counts:
 
 
 def join_counts(counts: Counts, path: Path, joined: Counts, sites: Sequence[str]) -> None:
-    """Add the counts of another run to `counts`.
+    """Add the counts of another run, from the file `path`, to `counts` in place.
 
-    Args:
-        counts: counts so far, changed in place.
-        path: file of the other counts, for errors.
-        joined: the other counts.
-        sites: sites that this run counts for each model of `counts`.
+    This run counts `sites` for each model of `counts`.
 
     Raises CatalogError if a site is counted twice, or will be counted here.
     """

@@ -95,8 +95,9 @@ class ScoreTables:
 
         Rows are per model and site, year, gap, pair of years or score.
         """
-        by_site = self._stack(_finish_frame, pooled=False)
-        tables = {"by_site": by_site.droplevel(2)}
+        sites = {(m, site): counts for m in self.counts for site, counts in self.counts[m].items()}
+        index = pd.MultiIndex.from_tuples(sites, names=["model", "site"])
+        tables = {"by_site": pd.DataFrame(map(metrics.finish, sites.values()), index)}
         makers = {
             "by_year": metrics.tabulate_years,
             "by_gap": metrics.tabulate_gaps,
@@ -144,18 +145,14 @@ class ScoreTables:
         return format_table((str(detail.index.name), *detail.columns), rows)
 
     def _stack(
-        self,
-        make: Callable[[metrics.Counts], pd.DataFrame],
-        *,
-        pooled: bool = True,
-        footprints_only: bool = False,
+        self, make: Callable[[metrics.Counts], pd.DataFrame], *, footprints_only: bool
     ) -> pd.DataFrame:
         """Stack a table of each model and site; empty without any."""
         frames = {
             (model, site): make(scores)
             for model in self.counts
             for site, scores in self._with_pooled(model)
-            if (pooled or site != POOLED) and (scores.years or not footprints_only)
+            if scores.years or not footprints_only
         }
         if not frames:
             return pd.DataFrame()
@@ -223,10 +220,6 @@ def replace_nan(value: object) -> object:
     return value
 
 
-def _finish_frame(scores: metrics.Counts) -> pd.DataFrame:
-    return pd.DataFrame([metrics.finish(scores)])
-
-
 def _change_scores(intervals: pd.DataFrame) -> Sequence[str]:
     """Return the available scores of a change model."""
     names = (*CHANGE_SHOWN, "expansion_auprc", "expansion_f1_at_r", "change_unmapped")
@@ -236,22 +229,20 @@ def _change_scores(intervals: pd.DataFrame) -> Sequence[str]:
 def _draw_scores(tables: ScoreTables, folder: Path, models: Sequence[str]) -> list[Path]:
     """Draw IoU by year and F1 of change by gap. Returns the paths."""
     pooled = {model: tables.pooled[model] for model in models}
-    paths = []
     by_year = {
         m: metrics.tabulate_years(scores)["iou"] for m, scores in pooled.items() if scores.years
     }
-    if by_year:
-        path = folder / "iou_by_year.png"
-        axes = ("year", "IoU of footprints")
-        pictures.draw_scores(by_year, path, "Footprints by year", axes=axes, models=models)
-        paths.append(path)
-    by_gap = {model: metrics.tabulate_gaps(scores) for model, scores in pooled.items()}
-    gaps = {m: frame["change_f1"] for m, frame in by_gap.items() if "change_f1" in frame}
-    if gaps:
-        path = folder / "change_f1_by_gap.png"
-        axes = ("gap, calendar years between the two of a pair", "F1 of changed pixels")
-        pictures.draw_scores(gaps, path, "Change by gap", axes=axes, models=models)
-        paths.append(path)
+    tables_by_gap = {model: metrics.tabulate_gaps(scores) for model, scores in pooled.items()}
+    by_gap = {m: frame["change_f1"] for m, frame in tables_by_gap.items() if "change_f1" in frame}
+    gap_axes = ("gap, calendar years between the two of a pair", "F1 of changed pixels")
+    paths = []
+    for lines, name, title, axes in (
+        (by_year, "iou_by_year.png", "Footprints by year", ("year", "IoU of footprints")),
+        (by_gap, "change_f1_by_gap.png", "Change by gap", gap_axes),
+    ):
+        if lines:
+            pictures.draw_scores(lines, folder / name, title, axes=axes, models=models)
+            paths.append(folder / name)
     return paths
 
 

@@ -38,11 +38,9 @@ class SiteChoice:
 
 
 def choose_sites(choice: SiteChoice, folder: Path | None) -> list[Site]:
-    """Choose sites by name, or all sites of a file.
+    """Choose sites of the catalogue by name, or all sites of a file.
 
-    Args:
-        choice: names of sites of the catalogue, or a file.
-        folder: the user's catalogue; its sites.geojson adds sites to the shipped ones.
+    The file sites.geojson in the user's folder adds sites to the shipped ones.
 
     Raises:
         CatalogError: a name has no match, or the file is missing.
@@ -71,10 +69,7 @@ def stored_sites(
 ) -> list[str]:
     """Choose sites of a store by name, or by a file of sites. Returns their names.
 
-    Args:
-        store: the cubes.
-        choice: names of sites, or a file.
-        names: the sites to choose from, by default all in the store.
+    Chooses from `names`, by default all sites in the store.
 
     Raises:
         CatalogError: a name has no match, or a site of the file is missing in the store.
@@ -98,12 +93,8 @@ def stored_sites(
 def match_names(patterns: str, names: Sequence[str], place: str) -> list[str]:
     """List the names matching comma-separated patterns, each once.
 
-    A pattern without * also matches a name that differs in case, accents or spaces only.
-
-    Args:
-        patterns: patterns of names.
-        names: all names.
-        place: the origin of the names, for errors.
+    A pattern without * also matches a name that differs in case, accents or spaces only. `place` is
+    the origin of the names, for errors.
 
     Raises CatalogError for a pattern without a match.
     """

@@ -1,7 +1,8 @@
-"""Format tables as text, and write text files in one step."""
+"""Format tables as text, and write text and JSON files in one step."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,10 +55,7 @@ def format_latex(frame: pd.DataFrame) -> str:
 def write_text(path: Path, text: str, noun: str) -> Path:
     """Write a text file completely or not at all. Returns its path.
 
-    Args:
-        path: the file; missing folders are made.
-        text: its text.
-        noun: what the text is, for the error: "the scores".
+    Makes missing folders. The noun of the text, such as "the scores", is for the error.
 
     Raises CatalogError if the file cannot be written.
     """
@@ -70,6 +68,11 @@ def write_text(path: Path, text: str, noun: str) -> Path:
             f"{path}: {noun} cannot be written ({error.strerror}); name another file"
         ) from error
     return path
+
+
+def write_json(path: Path, content: object, noun: str) -> Path:
+    """Write plain values as indented JSON, as `write_text` does."""
+    return write_text(path, json.dumps(content, indent=2) + "\n", noun)
 
 
 def _format_cell(value: object) -> str:

@@ -1,9 +1,4 @@
-"""Smooth the maps of a store through time, and date events: the job of `minecube tracks`.
-
-rates = choose_rates(store, maps, "learned")       -> Rates
-track = track_site(probability, grid, rates)           -> Track    one site, in memory
-smooth_sites(store, maps, rates, folder)           all sites, written
-"""
+"""Smooth the maps of a store through time, and date events: the job of `minecube tracks`."""
 
 from __future__ import annotations
 
@@ -65,12 +60,9 @@ def choose_rates(
 ) -> tracks.Rates:
     """Determine the yearly probabilities that a pixel opens and closes.
 
-    Args:
-        store: the cubes.
-        maps: site -> probability [year, y, x].
-        method: "learned" (estimate from these maps), "labels" or "labels:SITES" (count in the
-            store's footprints), or the probabilities of opening and closing.
-        temper: weight of each year's map, above 0 and up to 1.
+    The method is "learned" (estimate from these maps), "labels" or "labels:SITES" (count in the
+    store's footprints), or the probabilities of opening and closing. `temper` is the weight of each
+    year's map, above 0 and up to 1.
 
     Raises:
         CatalogError: the sites after "labels:" are not in the store.
@@ -98,12 +90,6 @@ def smooth_sites(
     The smoothed maps go to the store. The folder gets layers of each site, areas.csv (by site and
     year) and sites.csv.
 
-    Args:
-        store: the cubes.
-        sites: maps and rates.
-        folder: folder for layers and tables.
-        progress: called with each finished site.
-
     Returns one row of `Track.summary` per site, with the column `site`.
 
     Raises:
@@ -116,8 +102,7 @@ def smooth_sites(
         grid = lazy.odc.geobox
         probability = lazy.compute()
         track = track_site(probability, grid, sites.rates)
-        card = {**probability.attrs["model"], "rates": asdict(sites.rates)}
-        write_smoothed(store, site, sites.model, track.smoothed, card)
+        write_smoothed(store, sites, site, track.smoothed)
         export.write_layers(track.layers, probability, grid, folder / site, site)
         areas.append(track.areas.assign(site=site)[["site", *track.areas.columns]])
         summaries.append({"site": site, **track.summary})
@@ -130,10 +115,7 @@ def smooth_sites(
 def track_site(probability: xr.DataArray, grid: GeoBox, rates: tracks.Rates) -> Track:
     """Smooth a site's map, and derive its events and areas.
 
-    Args:
-        probability: [year, y, x] uint8 in memory: probability x 250, 255 unknown.
-        grid: the site's grid.
-        rates: rates of the hidden Markov model.
+    The map is [year, y, x] uint8 in memory: probability x 250, 255 unknown.
 
     Raises LabelError if the map has one year only.
     """
@@ -165,18 +147,15 @@ def track_site(probability: xr.DataArray, grid: GeoBox, rates: tracks.Rates) -> 
 
 
 def write_smoothed(
-    store: cube.Store, site: str, model: str, smoothed: xr.DataArray, card: Mapping[str, object]
+    store: cube.Store, sites: SmoothedSites, site: str, smoothed: xr.DataArray
 ) -> None:
-    """Write a smoothed map to the store as prediction MODEL+hmm.
+    """Write a smoothed map of one of the sites to the store as prediction MODEL+hmm.
 
-    Args:
-        store: the cubes.
-        site: the site.
-        model: name of the prediction before smoothing.
-        smoothed: [year, y, x] uint8: probability x 250, 255 unknown.
-        card: card of that prediction, with the rates.
+    The map is [year, y, x] uint8: probability x 250, 255 unknown. It gets the card of the
+    prediction before smoothing, with the rates.
 
     Raises CubeError if it cannot be written.
     """
-    name = model + SUFFIX
-    cube.write_probability(store, site, name, smoothed, {**card, "id": name}, made_of=model)
+    name = sites.model + SUFFIX
+    card = {**sites.maps[site].attrs["model"], "rates": asdict(sites.rates), "id": name}
+    cube.write_probability(store, site, name, smoothed, card, made_of=sites.model)

@@ -26,15 +26,9 @@ def train_network(
     settings: TrainingSettings,
     run: train.TrainingOptions,
 ) -> train.TrainingResult:
-    """Train a network on labelled sites of a store, and validate it on other sites.
+    """Train a network on labelled sites of a store.
 
-    Args:
-        store: the cubes.
-        train_sites: sites to learn from.
-        valid_sites: sites whose F1 chooses the best epoch; may be empty.
-        card: the network.
-        settings: epochs, windows and learning rate.
-        run: device, seed, checkpoint and progress.
+    The F1 of the validation sites, if any, chooses the best epoch.
 
     Raises:
         CubeError: a site has no committed year.

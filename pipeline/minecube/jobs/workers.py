@@ -20,10 +20,9 @@ _LISTEN_S = 1.0  # seconds between checks for Ctrl-C
 
 @contextmanager
 def connect_workers(scheduler: str | None) -> Iterator[Executor | None]:
-    """Yield the executor of a Dask scheduler, or None for this machine.
+    """Yield the executor of the Dask scheduler at an address such as tcp://host:8786.
 
-    Args:
-        scheduler: address such as tcp://host:8786, or None.
+    Yields None for this machine, without an address.
 
     Raises:
         CatalogError: no scheduler answers, or the package `distributed` is missing.

@@ -32,13 +32,14 @@ from typing import TypeVar
 
 import rasterio
 from rasterio.errors import RasterioError
+from rasterio.io import MemoryFile
 
 from minecube import images
-from minecube.catalog import Access
 from minecube.errors import ReleaseError, UnreadArchiveError
 from minecube.network import ForbiddenError, RequestError, is_local, local_path, remove_query
 from minecube.reader.remote import Head, RemoteFile, Tally, access_to, open_remote
 from minecube.release.ranges import Bytes, LocalBytes, MissingBytesError, RemoteBytes, Spans
+from minecube.zips import LOCAL_HEADER, parse_local_header
 
 Result = TypeVar("Result")
 
@@ -50,10 +51,7 @@ _LEAST = 1024  # minimum of later requests; GDAL reads at most 1024 at a time
 _GAP = 4096  # bytes between members; up to this gap one request beats two
 # Errors of zipfile (checksum, truncation, encryption, unknown compression) and of decompressors.
 _BROKEN = (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error, lzma.LZMAError, OSError)
-_LOCAL_HEADER = 30  # bytes before the name (APPNOTE.TXT, 4.3.7)
-_NAME_LENGTH = slice(26, 28)
-_EXTRA_LENGTH = slice(28, 30)
-_MOST_OVERHEAD = _LOCAL_HEADER + 2 * 65535 + 24  # name, extra field, data descriptor
+_MOST_OVERHEAD = LOCAL_HEADER + 2 * 65535 + 24  # name, extra field, data descriptor
 MOST_PX = 5000**2
 """Maximum pixels per band of an image or label: 50 x 50 km."""
 MOST_BYTES = 2**29
@@ -74,19 +72,15 @@ class BrokenMemberError(ReleaseError):
 
 
 class Archive:
-    """A zip archive, local or remote.
-
-    Args:
-        location: Path, or http(s):// or s3:// URL.
-        access: How requests are signed.
+    """A zip archive at a path, or at an http(s):// or s3:// URL.
 
     Raises:
         ReleaseError: the archive cannot be read, is truncated or empty, or is not a zip archive.
     """
 
-    def __init__(self, location: str, access: Access | None = None) -> None:
+    def __init__(self, location: str) -> None:
         self.location = remove_query(location)
-        self.bytes = self._open(location, access)
+        self.bytes = self._open(location)
         self._spans = Spans(self.bytes.size)
         self._zip = self._read_directory()
         self._members = {
@@ -99,11 +93,11 @@ class Archive:
             )
         self._ends = self._locate_ends()
 
-    def _open(self, location: str, access: Access | None) -> Bytes:
+    def _open(self, location: str) -> Bytes:
         try:
             if is_local(location):
                 return LocalBytes(Path(local_path(location)))
-            return RemoteBytes(location, access or access_to(location))
+            return RemoteBytes(location, access_to(location))
         except OSError as error:
             raise self._unreadable(error) from error
         except ForbiddenError as error:
@@ -235,9 +229,10 @@ class Archive:
         start = member.header_offset
         first_bytes = self.bytes.fetch(start, min(_FIRST, self._ends[name] - start))
         if member.compress_type == zipfile.ZIP_STORED:
-            name_length = int.from_bytes(first_bytes[_NAME_LENGTH], "little")
-            extra_length = int.from_bytes(first_bytes[_EXTRA_LENGTH], "little")
-            overhead = _LOCAL_HEADER + name_length + extra_length
+            try:
+                overhead = parse_local_header(first_bytes).size
+            except ValueError as error:
+                raise zipfile.BadZipFile(str(error)) from error
             return _Stored(self.bytes, start + overhead), first_bytes[overhead:]
         self._spans.add(start, first_bytes)
         span_starts.append(start)
@@ -337,6 +332,22 @@ class Archive:
         if "://" in self.location:
             return UnreadArchiveError(text)
         return ReleaseError(text)
+
+
+@contextmanager
+def open_content(content: bytes) -> Iterator[rasterio.DatasetReader]:
+    """Open a whole member as an image.
+
+    Raises:
+        RasterioError: the member is not an image.
+        ForbiddenError: the image has another format than GeoTIFF, or is too large.
+    """
+    with (
+        rasterio.Env(**images.SETTINGS),
+        MemoryFile(content) as memory,
+        images.open_image(memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES) as image,
+    ):
+        yield image
 
 
 class _Stored:

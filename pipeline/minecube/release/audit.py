@@ -18,17 +18,15 @@ from typing import Any
 import geopandas as gpd
 import numpy as np
 import pandas as pd
-import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
-from rasterio.io import MemoryFile
 
-from minecube import images
 from minecube.arrays import Int16
 from minecube.catalog import BANDS, Release, Site
 from minecube.errors import ReleaseError
 from minecube.network import ForbiddenError
-from minecube.release.archive import MOST_BYTES, MOST_PX, Archive
+from minecube.release.archive import Archive, open_content
 from minecube.release.imported import Imported
+from minecube.release.sites import select_placed
 
 NEIGHBOUR_M = 5000
 """Sites closer than this share ground or weather, and leak test answers across a split."""
@@ -73,11 +71,7 @@ def audit_release(
 ) -> list[AuditFinding]:
     """Run all checks and return findings sorted by check, site and year.
 
-    Args:
-        imported: The import.
-        release: Metadata of the release.
-        split: The split, including repetitions.
-        pixels: `sum_pixels` of its images. Without it, the pixel checks are skipped.
+    `pixels` is `sum_pixels` of the import's images. Without it, the pixel checks are skipped.
     """
     findings = [
         *_check_names(imported.about),
@@ -198,13 +192,7 @@ def _sum_image(archive: Archive, name: str) -> list[tuple[str, int, int, int, fl
 def _read_pixels(archive: Archive, name: str, content: bytes) -> Int16:
     """Read an image as int16 [band, pixel]."""
     try:
-        with (
-            rasterio.Env(**images.SETTINGS),
-            MemoryFile(content) as memory,
-            images.open_image(
-                memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES
-            ) as image,
-        ):
+        with open_content(content) as image:
             values: Int16 = image.read().reshape(image.count, -1)
             return values
     except (RasterioError, ForbiddenError) as error:
@@ -316,9 +304,7 @@ def _check_images(years: pd.DataFrame) -> Iterator[AuditFinding]:
 
 
 def _check_grids(years: pd.DataFrame) -> Iterator[AuditFinding]:
-    has_image_problem = years["problem"].fillna("").str.startswith("image")
-    placed = years[years["image"].notna() & ~has_image_problem]
-    for site, rows in placed.groupby("site"):
+    for site, rows in select_placed(years).groupby("site"):
         for earlier, row in itertools.pairwise(_iterate_rows(rows.sort_values("year"))):
             grid = (row.height, row.width, *row.transform)
             earlier_grid = (earlier.height, earlier.width, *earlier.transform)

@@ -18,7 +18,7 @@ from minecube.arrays import UInt8
 from minecube.errors import ReleaseError
 from minecube.files import replacing
 from minecube.release.archive import Archive
-from minecube.release.sites import ARCHIVE_MINE
+from minecube.release.sites import ARCHIVE_MINE, select_placed
 from minecube.vectors import read_vector
 
 
@@ -76,12 +76,9 @@ def draw_label(imported: Imported, site: str, year: int) -> UInt8:
 
 def map_placed_years(imported: Imported, site: str) -> dict[int, dict[str, Any]]:
     """Map each year with a georeferenced image to its row of `years`."""
-    rows: Any = imported.years[imported.years["site"] == site].to_dict("records")
-    return {
-        int(row["year"]): row
-        for row in rows
-        if row["transform"] is not None and not (row["problem"] or "").startswith("image")
-    }
+    placed = select_placed(imported.years)
+    rows: Any = placed[placed["site"] == site].to_dict("records")
+    return {int(row["year"]): row for row in rows}
 
 
 def check_same_archive(archive: Archive, imported: Imported, folder: Path) -> None:

@@ -7,7 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import geopandas as gpd
@@ -38,14 +38,7 @@ def import_release(
 ) -> Imported:
     """Read headers and labels of the whole archive into a folder.
 
-    Sites read by an earlier run are reused.
-
-    Args:
-        archive: The zip.
-        out: The folder.
-        release: Metadata of the release.
-        catalogue: Sites of the catalogue. Their split and country are copied.
-        report_site: Called with each site's name.
+    Sites read by an earlier run are reused. Split and country come from the catalogue.
 
     Raises:
         ReleaseError: members cannot be read (the other sites are kept for the next run), the folder
@@ -113,14 +106,10 @@ def _find_notes_folder(out: Path) -> Path:
 def download(
     url: str, out: Path, report_bytes: Callable[[int, int], None] = lambda _n, _total: None
 ) -> Path:
-    """Download the complete archive into the folder and return its path.
+    """Download the complete archive from an http(s):// URL into the folder and return its path.
 
-    An earlier download from the same URL is reused.
-
-    Args:
-        url: An http(s):// URL.
-        out: The folder.
-        report_bytes: Called with the bytes of each part and the total.
+    An earlier download from the same URL is reused. Calls `report_bytes` with the bytes of each
+    part and the total.
 
     Raises:
         ReleaseError: the download is incomplete or writing fails. A folder with a catalogue made by
@@ -168,8 +157,9 @@ def _read_sites(
             while pending:
                 ended, pending = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
                 for task in ended:
-                    error = _release_error_of(task)
-                    if error:
+                    try:
+                        task.result()
+                    except ReleaseError as error:
                         errors[tasks[task]] = error
                     report_site(tasks[task])
         except BaseException:
@@ -179,14 +169,6 @@ def _read_sites(
     if errors:
         raise _summarise(errors, len(names))
     return [_read_part(parts / name) for name in names]
-
-
-def _release_error_of(task: Future[None]) -> ReleaseError | None:
-    """Return the ReleaseError of an ended task; raise any other error."""
-    error = task.exception()
-    if error is None or isinstance(error, ReleaseError):
-        return error
-    raise error
 
 
 def _summarise(errors: dict[str, ReleaseError], site_count: int) -> ReleaseError:
@@ -225,20 +207,20 @@ def _write_tables(sites: Sequence[ReleaseSite], release: Release, out: Path) -> 
     # Empty tables have no geometry type to join.
     filled = [site.labels for site in sites if len(site.labels)] or [sites[0].labels]
     labels = pd.concat(filled).assign(source=release.name, licence=release.licence, doi=release.doi)
-    _write_parquet(_join([site.years for site in sites]), out / "years.parquet")
-    _write_parquet(labels.reset_index(drop=True), out / "labels.parquet")
-    _write_parquet(_join([site.changes for site in sites]), out / "changes.parquet")
+    tables = {
+        "years": _join([site.years for site in sites]),
+        "labels": labels.reset_index(drop=True),
+        "changes": _join([site.changes for site in sites]),
+    }
+    for name, table in tables.items():
+        with replacing(out / f"{name}.parquet") as draft:
+            table.to_parquet(draft)
 
 
 def _join(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Join the tables of all sites; an empty column takes its type from other sites."""
     records = [record for table in tables for record in table.to_dict("records")]
     return pd.DataFrame(records, columns=tables[0].columns)
-
-
-def _write_parquet(table: pd.DataFrame, path: Path) -> None:
-    with replacing(path) as draft:
-        table.to_parquet(draft)
 
 
 def _tabulate_sites(

@@ -53,9 +53,8 @@ def make_release_grid(grid: GeoBox) -> GeoBox:
     north_edge, south_edge, west_edge, east_edge = _project_edges(grid, "EPSG:4326")
     first_column = math.ceil(west_edge[:, 0].max() / PIXEL_DEG)
     last_column = math.floor(east_edge[:, 0].min() / PIXEL_DEG)
-    first_row = math.floor(
-        north_edge[:, 1].min() / PIXEL_DEG
-    )  # counted from the equator, northward
+    # Rows are counted from the equator, northward.
+    first_row = math.floor(north_edge[:, 1].min() / PIXEL_DEG)
     last_row = math.ceil(south_edge[:, 1].max() / PIXEL_DEG)
     west = first_column * PIXEL_DEG
     north = first_row * PIXEL_DEG
@@ -69,14 +68,8 @@ def make_release_grid(grid: GeoBox) -> GeoBox:
 def resample_image(reflectance: xr.DataArray, grid: GeoBox) -> Int16:
     """Resample a year's reflectance bilinearly to another grid.
 
-    Pixels with less than half of their weight observed become 0.
-
-    Args:
-        reflectance: uint16 [band, y, x], 0 = not observed, georeferenced like cubes.
-        grid: The target grid.
-
-    Returns:
-        int16 [band, y, x], x 10000, 0 = not observed.
+    Pixels with less than half of their weight observed become 0. Reflectance is uint16 [band, y, x],
+    0 = not observed, georeferenced like cubes. The result is int16, x 10000.
 
     Raises:
         ReleaseError: the grid extends beyond the cube.
@@ -101,7 +94,6 @@ def resample_label(
         footprint: uint8 [y, x], 1 mine, 0 not, 255 unknown.
         fraction: uint8 [y, x], share covered by mine x 250, 255 unknown. If given, the edge is at
             half coverage.
-        grid: The target grid.
 
     Returns:
         uint8 [y, x], 255 mine, 0 not. None if any pixel is unknown.

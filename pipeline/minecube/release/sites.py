@@ -23,13 +23,12 @@ import shapely
 from affine import Affine
 from rasterio import features
 from rasterio.errors import RasterioError
-from rasterio.io import MemoryFile
 from scipy import ndimage
 
 from minecube import images
 from minecube.arrays import UInt8
 from minecube.network import ForbiddenError
-from minecube.release.archive import MOST_BYTES, MOST_PX, Archive, BrokenMemberError
+from minecube.release.archive import MOST_BYTES, Archive, BrokenMemberError, open_content
 from minecube.release.members import Members
 
 log = logging.getLogger(__name__)
@@ -126,17 +125,23 @@ def read_site(archive: Archive, members: Members, site: str) -> ReleaseSite:
     return ReleaseSite(table, _to_polygons(site, labels), _count_changes(site, labels))
 
 
+def select_placed(years: pd.DataFrame) -> pd.DataFrame:
+    """Select the years with a georeferenced image."""
+    has_image_problem = years["problem"].fillna("").str.startswith("image")
+    return years[years["transform"].notna() & ~has_image_problem]
+
+
 def extent_of(years: pd.DataFrame) -> shapely.Polygon | None:
     """Return the bounding box of all images of a site, EPSG:4326.
 
     None if no image is georeferenced.
     """
-    has_image_problem = years["problem"].fillna("").str.startswith("image")
-    placed: Any = years[years["transform"].notna() & ~has_image_problem].to_dict("records")
-    if not placed:
+    placed = select_placed(years)
+    if placed.empty:
         return None
+    rows: Any = placed.to_dict("records")
     extents = [
-        _draw_extent((row["height"], row["width"]), Affine(*row["transform"])) for row in placed
+        _draw_extent((row["height"], row["width"]), Affine(*row["transform"])) for row in rows
     ]
     return shapely.box(*shapely.union_all(extents).bounds)
 
@@ -223,22 +228,13 @@ def _read_labels(archive: Archive, rows: Mapping[int, dict[str, Any]]) -> dict[i
 def _read_mask(content: bytes | None, row: dict[str, Any]) -> UInt8 | None:
     """Read a label's first band; None if it is unreadable or its size differs from the image.
 
-    Args:
-        content: bytes of the label file; None if the archive has none.
-        row: description of the site-year, with `height` and `width` of its image. The label's
-            size, values and number of mine pixels are added. `problem` is added if the label is
-            too large or has too many regions. `_find_label_problem` names the other problems.
+    Adds the label's size, values and number of mine pixels to the row. Adds `problem` if the label
+    is too large or has too many regions. `_find_label_problem` names the other problems.
     """
     if not content:
         return None
     try:
-        with (
-            rasterio.Env(**images.SETTINGS),
-            MemoryFile(content) as memory,
-            images.open_image(
-                memory.name, content, most_px=MOST_PX, most_bytes=MOST_BYTES
-            ) as label,
-        ):
+        with open_content(content) as label:
             row |= {"label_height": label.height, "label_width": label.width}
             if label.shape != (row["height"], row["width"]):
                 return None

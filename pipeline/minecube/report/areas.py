@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.artist import Artist
@@ -40,7 +41,6 @@ def draw_areas(
     Args:
         areas: Site -> columns year, area_m2, gain_m2, loss_m2 (NaN: nothing to compare with) and,
             optionally, unknown_m2.
-        out: Path of the PNG.
         truth: Site -> the same columns of the reference, drawn as a dashed line.
 
     Raises:
@@ -77,27 +77,11 @@ def _choose_unit(tables: Iterable[pd.DataFrame]) -> tuple[str, float]:
 
 
 def _draw_area(ax: Axes, table: pd.DataFrame, truth: pd.DataFrame | None, unit_m2: float) -> None:
-    ax.plot(
-        table["year"],
-        _mask_unknown(table) / unit_m2,
-        color=MAPPED,
-        marker="o",
-        ms=3.5,
-        lw=1.6,
-        label="mapped",
-    )
+    style: dict[str, Any] = {"color": MAPPED, "marker": "o", "ms": 3.5, "lw": 1.6}
+    ax.plot(table["year"], _mask_unknown(table) / unit_m2, label="mapped", **style)
     if truth is not None:
-        ax.plot(
-            truth["year"],
-            _mask_unknown(truth) / unit_m2,
-            label="truth",
-            color=TRUTH,
-            ls=(0, (4, 2)),
-            lw=1.6,
-            marker="o",
-            ms=3.5,
-            mfc="white",
-        )
+        style |= {"color": TRUTH, "ls": (0, (4, 2)), "mfc": "white"}
+        ax.plot(truth["year"], _mask_unknown(truth) / unit_m2, label="truth", **style)
     ax.set_ylim(0, 1.15 * max(ax.dataLim.y1, 1e-3))
 
 

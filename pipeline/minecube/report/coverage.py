@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ OUT_OF_SEASON = "#e9e9e9"
 PASSLESS = "#f7f7f7"
 _LEGEND_IN = 7.6
 _TOP_IN = 1.15
+_HATCHED: dict[str, Any] = {
+    "facecolor": OUT_OF_SEASON,
+    "edgecolor": "#c4c4c4",
+    "hatch": "/////",
+    "lw": 0,
+}
+_ROW_TEXT: dict[str, Any] = {"color": INK, "va": "center"}
+_COLUMN_TEXT: dict[str, Any] = {"color": FAINT, "va": "bottom"}
 _CORNERS = np.array([(0, 0), (1, 0), (1, 1), (0, 1)])
 
 
@@ -44,8 +52,6 @@ def draw_coverage(months: pd.DataFrame, years: pd.DataFrame, out: Path, title: s
             NA) and state, as in `scenes.coverage`. Sites and sources are drawn in their order.
         years: Columns site, year, source, usable and state. The state of a site-year's last source
             decides on the frame.
-        out: Path of the PNG.
-        title: Title above the picture.
 
     Raises:
         CubeError: There is no month to draw, or the file cannot be written.
@@ -53,13 +59,8 @@ def draw_coverage(months: pd.DataFrame, years: pd.DataFrame, out: Path, title: s
     if months.empty:
         raise CubeError(f"{out}: the audit has no month to draw; audit at least one site and year")
     table = _Table(months)
-    figure = Figure(
-        figsize=(
-            max(table.left_in + table.width_in + 0.2, _LEGEND_IN),
-            _TOP_IN + table.height_in + 0.35,
-        ),
-        dpi=DPI,
-    )
+    width = max(table.left_in + table.width_in + 0.2, _LEGEND_IN)
+    figure = Figure(figsize=(width, _TOP_IN + table.height_in + 0.35), dpi=DPI)
     ax = figure.add_axes(
         _to_figure(figure, table.left_in, _TOP_IN, table.width_in, table.height_in)
     )
@@ -70,15 +71,8 @@ def draw_coverage(months: pd.DataFrame, years: pd.DataFrame, out: Path, title: s
     _draw_years(ax, table, years)
     _write_columns(ax, table)
     _write_rows(ax, table)
-    figure.text(
-        0.1 / figure.get_figwidth(),
-        1 - 0.1 / figure.get_figheight(),
-        title,
-        va="top",
-        fontsize=12,
-        color=INK,
-        fontweight="bold",
-    )
+    corner = (0.1 / figure.get_figwidth(), 1 - 0.1 / figure.get_figheight())
+    figure.text(*corner, title, va="top", fontsize=12, color=INK, fontweight="bold")
     _draw_legend(figure, shades)
     save(figure, out)
 
@@ -114,9 +108,7 @@ _SMALL = _Sizes(
     site=8.5,
     numbers=False,
 )
-_TINY = _Sizes(
-    cell=(0.13, 0.11), year_gap=0.1, bar=0.32, frame=1.3, month=5.5, source=6, site=7, numbers=False
-)
+_TINY = replace(_SMALL, cell=(0.13, 0.11), source=6, site=7)
 
 
 def _choose_sizes(rows: int, years: int) -> _Sizes:
@@ -233,15 +225,9 @@ def _write_usable(
     dark = usable > 0.55 * (shades.get_clim()[1] or 1)
     colours = np.where(dark, "white", INK)  # text stands out from its cell
     for (x, y), dates, colour in zip(corners, usable, colours, strict=True):
-        ax.text(
-            x + width / 2,
-            y + 0.4 * height,
-            f"{dates:.0f}",
-            color=str(colour),
-            fontsize=7.5,
-            ha="center",
-            va="center",
-        )
+        middle = (x + width / 2, y + 0.4 * height)
+        style = {**_ROW_TEXT, "color": str(colour)}
+        ax.text(*middle, f"{dates:.0f}", fontsize=7.5, ha="center", **style)
 
 
 def _draw_years(ax: Axes, table: _Table, years: pd.DataFrame) -> None:
@@ -259,9 +245,7 @@ def _draw_year(
     if rows.empty:
         ax.add_patch(Rectangle(*box, facecolor="white", edgecolor="#888888", hatch="xx", lw=0.8))
         return
-    ax.add_patch(
-        Rectangle(*box, facecolor=OUT_OF_SEASON, edgecolor="#c4c4c4", hatch="/////", lw=0, zorder=0)
-    )
+    ax.add_patch(Rectangle(*box, zorder=0, **_HATCHED))
     if rows["state"].iloc[-1] != "ok":
         ax.add_patch(
             Rectangle(*box, facecolor="none", edgecolor=TOO_FEW, lw=table.sizes.frame, zorder=3)
@@ -273,15 +257,9 @@ def _draw_year(
 
 def _write_sum(ax: Axes, table: _Table, row: Any) -> None:
     """Write the usable dates of one source of a site-year."""
-    text = ax.text(
-        table.x_of_sum(row.year),
-        table.y[row.site, row.source] + table.sizes.cell[1] / 2,
-        f"{row.usable}",
-        fontsize=8,
-        color=INK,
-        ha="right",
-        va="center",
-    )
+    x = table.x_of_sum(row.year)
+    y = table.y[row.site, row.source] + table.sizes.cell[1] / 2
+    text = ax.text(x, y, f"{row.usable}", fontsize=8, ha="right", **_ROW_TEXT)
     if row.state != "ok":
         text.set(color=TOO_FEW, fontweight="bold")
 
@@ -295,25 +273,11 @@ def _write_columns(ax: Axes, table: _Table) -> None:
         if table.height_in > 6:  # the headings above are out of sight
             _write_year(ax, year, middle, table.height_in + 0.05, va="top")
         for month, letter in enumerate("JFMAMJJASOND", start=1):
-            ax.text(
-                table.x(year, month) + width / 2,
-                -0.05,
-                letter,
-                fontsize=table.sizes.month,
-                color=FAINT,
-                ha="center",
-                va="bottom",
-            )
+            x = table.x(year, month) + width / 2
+            ax.text(x, -0.05, letter, fontsize=table.sizes.month, ha="center", **_COLUMN_TEXT)
         if table.sizes.numbers:
-            ax.text(
-                table.x_of_sum(year),
-                -0.05,
-                "sum",
-                fontsize=7,
-                color=FAINT,
-                ha="right",
-                va="bottom",
-            )
+            x = table.x_of_sum(year)
+            ax.text(x, -0.05, "sum", fontsize=7, ha="right", **_COLUMN_TEXT)
 
 
 def _write_year(ax: Axes, year: int, x: float, y: float, *, va: str) -> None:
@@ -326,25 +290,11 @@ def _write_rows(ax: Axes, table: _Table) -> None:
     tops: dict[str, float] = {}
     for (site, source), y in table.y.items():
         tops.setdefault(site, y)
-        ax.text(
-            -0.08,
-            y + height / 2,
-            source,
-            fontsize=table.sizes.source,
-            color=INK,
-            ha="right",
-            va="center",
-        )
+        size = table.sizes.source
+        ax.text(-0.08, y + height / 2, source, fontsize=size, ha="right", **_ROW_TEXT)
     for site, y in tops.items():
-        ax.text(
-            0.1 - table.left_in,
-            y + height / 2,
-            site,
-            fontsize=table.sizes.site,
-            fontweight="bold",
-            color=INK,
-            va="center",
-        )
+        style = {**_ROW_TEXT, "fontsize": table.sizes.site, "fontweight": "bold"}
+        ax.text(0.1 - table.left_in, y + height / 2, site, **style)
 
 
 def _draw_legend(figure: Figure, shades: ScalarMappable) -> None:
@@ -357,9 +307,7 @@ def _draw_legend(figure: Figure, shades: ScalarMappable) -> None:
     handles = [
         Patch(facecolor=NONE_USABLE, label="no usable date"),
         Patch(facecolor=MISSING, label="share of passes that is not listed"),
-        Patch(
-            facecolor=OUT_OF_SEASON, edgecolor="#c4c4c4", hatch="/////", lw=0, label="out of season"
-        ),
+        Patch(label="out of season", **_HATCHED),
         Patch(facecolor=PASSLESS, edgecolor="#dddddd", label="before launch, or to come"),
         Patch(
             facecolor="none", edgecolor=TOO_FEW, lw=1.8, label="too few usable dates for the recipe"

@@ -34,10 +34,11 @@ from minecube.report.style import (
 
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, SKY_BLUE, ORANGE, BLACK)
 DASHES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1)))
-STYLES = [
-    (colour, mark, dash)
+STYLES: list[dict[str, Any]] = [
+    {"color": colour, "marker": mark, "ls": dash}
     for dash, (mark, colour) in product(DASHES, tuple(zip("osD^vPX", COLOURS, strict=True)))
 ]
+_NOTE: dict[str, Any] = {"fontsize": 7.5, "color": FAINT, "va": "bottom"}
 T = TypeVar("T")
 
 MARKED = 30
@@ -54,22 +55,16 @@ def draw_scores(
 ) -> None:
     """Write a PNG of a score, 0 to 1, over years or gaps.
 
-    Args:
-        tables: Model -> score by whole number. NaN is a gap in the line.
-        out: Path of the PNG.
-        title: Title above the picture.
-        axes: Labels of the two axes, with their units.
-        models: All models of a set of pictures, to give each the same style in all; by default
-            those of `tables`.
+    The tables map a model to its score by whole number. NaN is a gap in the line. `axes` are the
+    labels of both axes, with units. `models` lists all models of a set of pictures, to give each
+    the same style in all; by default those of `tables`.
 
     Raises:
         CubeError: There is no score to draw, or the file cannot be written.
     """
     figure, ax = _start_plot(tables, out, title, axes, width=5.6)
-    for (model, scores), (colour, mark, dash) in _styled(tables, models):
-        ax.plot(
-            scores.index, scores, color=colour, marker=mark, ls=dash, ms=4.5, lw=1.6, label=model
-        )
+    for model, scores, style in _styled(tables, models):
+        ax.plot(scores.index, scores, ms=4.5, lw=1.6, label=model, **style)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10, min_n_ticks=1))
     ax.set_ylim(0, 1.02)
     _finish_plot(figure, ax, out)
@@ -85,45 +80,25 @@ def draw_precision_recall(
 ) -> None:
     """Write a PNG of precision over recall for all thresholds.
 
-    Args:
-        tables: Model -> columns threshold, precision and recall, thresholds descending.
-        out: Path of the PNG.
-        title: Title above the picture.
-        share: Share of true pixels. It is the precision of chance, drawn as a dotted line.
-        models: As for `draw_scores`.
+    The tables map a model to columns threshold, precision and recall, thresholds descending. The
+    share of true pixels is the precision of chance, drawn as a dotted line. `models` is as for
+    `draw_scores`.
 
     Raises:
         CubeError: There is nothing to draw, or the file cannot be written.
     """
     labels = ("recall (marks: threshold one half)", "precision")
     figure, ax = _start_plot(tables, out, title, labels, width=4.6)
-    for (model, table), (colour, mark, dash) in _styled(tables, models):
-        (line,) = ax.plot(
-            table["recall"],
-            table["precision"],
-            color=colour,
-            ls=dash,
-            lw=1.6,
-            drawstyle="steps-pre",
-            label=model,
-            marker=mark,
-            ms=4.5,
-        )
+    for model, table, style in _styled(tables, models):
+        (line,) = ax.plot(table["recall"], table["precision"], ms=4.5, lw=1.6, label=model, **style)
+        line.set_drawstyle("steps-pre")
         if len(table) > MARKED:
             line.set_markevery([])  # the legend still shows the mark
         half = table[table["threshold"] >= 0.5].tail(1)
-        ax.plot(
-            half["recall"],
-            half["precision"],
-            color=colour,
-            marker=mark,
-            ms=6.5,
-            mec="white",
-            ls="none",
-            zorder=5,
-        )
+        mark = {**style, "ls": "none", "ms": 6.5, "mec": "white"}
+        ax.plot(half["recall"], half["precision"], zorder=5, **mark)
     ax.axhline(share, color=FAINT, lw=1, ls=":")
-    ax.text(0.01, share + 0.01, f"chance, {share:.2g}", fontsize=7.5, color=FAINT, va="bottom")
+    ax.text(0.01, share + 0.01, f"chance, {share:.2g}", **_NOTE)
     ax.set(xlim=(0, 1.02), ylim=(0, 1.02), aspect="equal")
     _finish_plot(figure, ax, out)
 
@@ -133,13 +108,8 @@ def draw_reliability(
 ) -> None:
     """Write a PNG of the observed share of mine pixels over the predicted probability.
 
-    Larger marks stand for more pixels.
-
-    Args:
-        tables: Model -> columns predicted, observed (both 0 to 1) and pixels, one row per bin.
-        out: Path of the PNG.
-        title: Title above the picture.
-        models: As for `draw_scores`.
+    Larger marks stand for more pixels. The tables map a model to columns predicted, observed (both
+    0 to 1) and pixels, one row per bin. `models` is as for `draw_scores`.
 
     Raises:
         CubeError: There is nothing to draw, or the file cannot be written.
@@ -150,47 +120,23 @@ def draw_reliability(
     )
     figure, ax = _start_plot(tables, out, title, labels, width=4.6)
     ax.plot([0, 1], [0, 1], color=FAINT, lw=1, ls=":")
-    ax.text(
-        0.5,
-        0.52,
-        "as often as said",
-        fontsize=7.5,
-        color=FAINT,
-        rotation=45,
-        ha="center",
-        va="bottom",
-    )
-    for (model, table), (colour, mark, dash) in _styled(tables, models):
-        ax.plot(
-            table["predicted"],
-            table["observed"],
-            color=colour,
-            ls=dash,
-            lw=1.3,
-            marker=mark,
-            markevery=[],
-            label=model,
-        )
+    ax.text(0.5, 0.52, "as often as said", rotation=45, ha="center", **_NOTE)
+    for model, table, style in _styled(tables, models):
+        predicted = table["predicted"]
+        observed = table["observed"]
+        ax.plot(predicted, observed, lw=1.3, markevery=[], label=model, **style)
         size = 12 + 70 * table["pixels"] / max(table["pixels"].max(), 1)
-        ax.scatter(
-            table["predicted"],
-            table["observed"],
-            s=size,
-            color=colour,
-            marker=mark,
-            edgecolor="white",
-            lw=0.6,
-            zorder=4,
-        )
+        mark = {"color": style["color"], "marker": style["marker"], "edgecolor": "white"}
+        ax.scatter(predicted, observed, s=size, lw=0.6, zorder=4, **mark)
     ax.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     _finish_plot(figure, ax, out)
 
 
 def _styled(
     tables: Mapping[str, T], models: Sequence[str]
-) -> Iterator[tuple[tuple[str, T], tuple[str, str, Any]]]:
+) -> Iterator[tuple[str, T, dict[str, Any]]]:
     styles = dict(zip(models or tables, cycle(STYLES), strict=False))
-    return ((item, styles[item[0]]) for item in tables.items())
+    return ((model, table, styles[model]) for model, table in tables.items())
 
 
 def _start_plot(

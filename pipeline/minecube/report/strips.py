@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -29,6 +30,7 @@ OUTLINES = (("#00f0ff", 2.2), ("#ff00c8", 1.0))
 The thin second line is drawn on the broad first.
 """
 TRUE_COLOUR = ["B04", "B03", "B02"]
+_UNOBSERVED: dict[str, Any] = {"facecolor": "#d9d9d9", "edgecolor": "#a6a6a6", "hatch": "////"}
 _BAR_M = (100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
 """Lengths of scale bars."""
 
@@ -45,8 +47,6 @@ def draw_strip(
             (year, y, x).
         footprints: Name in the legend -> (year, y, x), 1 mine, on the cube's grid. At most two;
             years may be missing.
-        out: Path of the PNG.
-        title: Title above all panels.
 
     Raises:
         CubeError: A band of true colour is missing, a footprint has another grid, or the file
@@ -81,10 +81,8 @@ def draw_strip(
 def draw_comparison(images: Mapping[str, xr.DataArray], out: Path, title: str) -> None:
     """Write a PNG with true-colour images of one place side by side, in one stretch.
 
-    Args:
-        images: Caption -> reflectance (band, y, x) uint16, 0 = no observation, all of one shape.
-        out: Path of the PNG.
-        title: Title above all panels.
+    The images map a caption to reflectance (band, y, x) uint16, 0 = no observation, all of one
+    shape.
 
     Raises:
         CubeError: A band of true colour is missing or the file cannot be written.
@@ -149,18 +147,7 @@ def _draw_image(ax: Axes, image: UInt16, limits: tuple[float, float]) -> None:
     low, high = limits
     shades = np.clip((image - low) / (high - low), 0, 1) ** 0.6  # gamma brightens dark forest
     opaque = (image > 0).all(axis=-1, keepdims=True)
-    ax.add_patch(
-        Rectangle(
-            (0, 0),
-            width,
-            height,
-            facecolor="#d9d9d9",
-            edgecolor="#a6a6a6",
-            hatch="////",
-            lw=0,
-            zorder=0,
-        )
-    )
+    ax.add_patch(Rectangle((0, 0), width, height, lw=0, zorder=0, **_UNOBSERVED))
     ax.imshow(
         np.concatenate([shades, opaque], axis=-1),
         extent=(0, width, height, 0),
@@ -201,17 +188,9 @@ def _draw_scale_bar(ax: Axes, pixel_m: float, shape: tuple[int, ...]) -> None:
     ax.add_patch(
         Rectangle((x, y), bar_px, thickness, facecolor="white", edgecolor="black", lw=0.6, zorder=4)
     )
-    ax.text(
-        x + bar_px / 2,
-        y - thickness,
-        text,
-        color="white",
-        fontsize=8,
-        ha="center",
-        va="bottom",
-        bbox={"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.5},
-        zorder=4,
-    )
+    style: dict[str, Any] = {"color": "white", "fontsize": 8, "ha": "center", "va": "bottom"}
+    box = {"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.5}
+    ax.text(x + bar_px / 2, y - thickness, text, bbox=box, zorder=4, **style)
 
 
 def _draw_legend(figure: Figure, styles: Mapping[str, tuple[str, float]]) -> None:
