@@ -19,7 +19,7 @@ from minecube.catalog import Access
 from minecube.errors import ReadError
 from minecube.reader import NativeReader, read
 from minecube.reader.gdal_file import RemoteFile, open_remote
-from minecube.reader.remote import HEAD_BYTES, Head, Remote, Tally
+from minecube.reader.remote import HEAD_BYTES, Remote, Tally
 
 pytestmark = pytest.mark.usefixtures("all_hosts_are_tried")
 
@@ -208,21 +208,23 @@ def test_a_file_of_the_same_size_that_changes(tmp_path):
 
 def test_remote_images_share_one_file_system_of_gdal(tmp_path):
     """GDAL's list of file systems has no lock: no thread may change it while others open files."""
-    content = write_tif(tmp_path / "band.tif", unique_pixels(64, 64), grid_at(LEFT, TOP, 64, 64))
-    head = Head(content.read_bytes(), content.stat().st_size, "")
+    write_tif(tmp_path / "band.tif", unique_pixels(64, 64), grid_at(LEFT, TOP, 64, 64))
     names = []
 
     def open_name(name):
         names.append(name)
         return rasterio.open(name)
 
-    def read_pixels(_):
-        open_again = functools.partial(RemoteFile, None, "", head, Tally())
+    def read_pixels(url):
+        tally = Tally()
+        remote = Remote(Access())
+        head = remote.head(url, tally)
+        open_again = functools.partial(RemoteFile, remote, url, head, tally)
         with open_remote(open_again, head.size, open_name) as image:
             return image.read(1)
 
-    with ThreadPoolExecutor(4) as pool:
-        pixels = list(pool.map(read_pixels, range(20)))
-    assert all(np.array_equal(image, unique_pixels(64, 64)) for image in pixels)
+    with serve(tmp_path) as url, ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(read_pixels, [f"{url}/band.tif"] * 20))
+    assert all(np.array_equal(image, unique_pixels(64, 64)) for image in images)
     assert len(set(names)) == 20
-    assert len({os.path.dirname(name) for name in names}) == 1
+    assert len({name.rpartition("/")[0] for name in names}) == 1
