@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from known_scenes import grid_at, serve, unique_pixels, write_tif
 from known_servers import LEFT, TOP, counts, write_jp2
+from minecube import images
 from minecube.catalog import Access
 from minecube.errors import ReadError
 from minecube.reader import NativeReader, read
@@ -213,18 +214,21 @@ def test_remote_images_share_one_file_system_of_gdal(tmp_path):
 
     def open_name(name):
         names.append(name)
-        return rasterio.open(name)
+        return images.open_image(name, b"II*\0", most_px=64 * 64)
 
     def read_pixels(url):
         tally = Tally()
         remote = Remote(Access())
         head = remote.head(url, tally)
         open_again = functools.partial(RemoteFile, remote, url, head, tally)
-        with open_remote(open_again, head.size, open_name) as image:
+        with (
+            rasterio.Env(**images.SETTINGS),
+            open_remote(open_again, head.size, open_name) as image,
+        ):
             return image.read(1)
 
     with serve(tmp_path) as url, ThreadPoolExecutor(4) as pool:
-        images = list(pool.map(read_pixels, [f"{url}/band.tif"] * 20))
-    assert all(np.array_equal(image, unique_pixels(64, 64)) for image in images)
+        layers = list(pool.map(read_pixels, [f"{url}/band.tif"] * 20))
+    assert all(np.array_equal(layer, unique_pixels(64, 64)) for layer in layers)
     assert len(set(names)) == 20
     assert len({name.rpartition("/")[0] for name in names}) == 1

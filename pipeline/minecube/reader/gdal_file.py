@@ -196,7 +196,9 @@ def open_remote(
     size: int,
     open_name: Callable[[str], rasterio.DatasetReader],
 ) -> Iterator[rasterio.DatasetReader]:
-    """Open a remote image within a context.
+    """Open a remote image within a context, itself within `rasterio.Env(**images.SETTINGS)`.
+
+    Without these settings, GDAL looks for sidecar files while it reads, and fails.
 
     Args:
         open_again: Opens the file at its first byte. GDAL may call this several times.
