@@ -21,6 +21,7 @@ from minecube.simulate import World, simulate_archive
 
 BUILD = "--sites {w}/sites.geojson --years 2020 --source sim-earth-search --catalog {w}/archive"
 STORE = "--store {w}/cubes.zarr"
+JUNK = bytes(range(256)) * 8
 
 
 def make_world(folder):
@@ -65,18 +66,32 @@ def make_world(folder):
 
 def make_damaged(folder, world):
     """Files and folders that are not what they seem."""
+    _write_junk(folder)
+    _write_sites(folder, gpd.read_file(world / "sites.geojson").geometry[0])
+    _write_catalogs(folder)
+    _write_unreachable_sources(folder)
+    _write_wrong_json(folder)
+    _write_wrong_stores(folder, world)
+    return folder
+
+
+def _write_junk(folder):
     (folder / "file.txt").write_text("hello\n")
-    junk = bytes(range(256)) * 8
     for suffix in ("geojson", "parquet", "gpkg", "shp", "pt", "yaml", "json", "zip"):
-        (folder / f"junk.{suffix}").write_bytes(junk)
+        (folder / f"junk.{suffix}").write_bytes(JUNK)
     zipfile.ZipFile(folder / "empty.zip", "w").close()
-    (folder / "state.pt.ckpt").write_bytes(junk)
+    (folder / "state.pt.ckpt").write_bytes(JUNK)
     for name in ("folder.geojson", "folder.gpkg", "folder.zip"):
         (folder / name).mkdir()
+    with zipfile.ZipFile(folder / "other.zip", "w") as other:
+        other.writestr("readme.txt", "hello")
+    pd.DataFrame({"a": [1]}).to_parquet(folder / "table.parquet")
+
+
+def _write_sites(folder, site):
     gpd.GeoDataFrame({"id": ["p"]}, geometry=[Point(10, 50)], crs=4326).to_file(
         folder / "points.geojson"
     )
-    site = gpd.read_file(world / "sites.geojson").geometry[0]
     for name, ids in (
         ("long_id", ["L" * 5000]),
         ("one_id", ["a"]),
@@ -86,7 +101,12 @@ def make_damaged(folder, world):
         gpd.GeoDataFrame({"id": ids}, geometry=[site] * len(ids), crs=4326).to_file(
             folder / f"{name}.geojson"
         )
-    pd.DataFrame({"a": [1]}).to_parquet(folder / "table.parquet")
+    feature = json.loads((folder / "one_id.geojson").read_text())
+    feature["features"][0]["properties"]["years"] = [None, True]
+    (folder / "null_year.geojson").write_text(json.dumps(feature))
+
+
+def _write_catalogs(folder):
     catalogs = {
         "open": b"a: [1, 2\nb: {c\n",
         "tab": b"a:\n\t- b\n",
@@ -97,12 +117,16 @@ def make_damaged(folder, world):
         "deep": b"[" * 20_000,
         "long": b"a" * 101 + b": {title: t, architecture: unet}",
         "list": b"- a\n- b\n",
-        "junk": junk,
+        "junk": JUNK,
     }
     for name, content in catalogs.items():
         (folder / name).mkdir()
         for file in ("recipes.yaml", "models.yaml"):
             (folder / name / file).write_bytes(content)
+
+
+def _write_unreachable_sources(folder):
+    """A catalogue whose servers do not listen."""
     (folder / "dead").mkdir()
     source = "{title: t, kind: %s, href: 'http://127.0.0.1:9/%s', collection: c}"
     api, file = source % ("stac-api", "v1"), source % ("stac-geoparquet", "items.parquet")
@@ -111,6 +135,10 @@ def make_damaged(folder, world):
     (folder / "dead" / "models.yaml").write_text(
         f"far: {{title: t, architecture: unet, weights: {weights}}}\n"
     )
+
+
+def _write_wrong_json(folder):
+    """Metadata and prices that are nested too deeply, cut off or no numbers."""
     (folder / "nan.yaml").write_text("latency_s: .nan\n")
     (folder / "list.json").write_text("[1]")
     (folder / "deep.json").write_text("[" * 100_000)
@@ -118,15 +146,12 @@ def make_damaged(folder, world):
     (folder / "deep.zarr" / "zarr.json").write_text("[" * 100_000)
     (folder / "deep_bench").mkdir()
     (folder / "deep_bench" / "bench.json").write_text("[" * 100_000)
-    feature = json.loads((folder / "one_id.geojson").read_text())
-    feature["features"][0]["properties"]["years"] = [None, True]
-    (folder / "null_year.geojson").write_text(json.dumps(feature))
     (folder / "bench").mkdir()
     (folder / "bench" / "bench.json").write_text("{")
-    with zipfile.ZipFile(folder / "other.zip", "w") as other:
-        other.writestr("readme.txt", "hello")
+
+
+def _write_wrong_stores(folder, world):
     zarr.open_group(folder / "foreign.zarr", mode="w").create_array("x", data=np.arange(5))
     zarr.save_array(folder / "array.zarr", np.arange(5))
     shutil.copytree(world / "cubes.zarr", folder / "damaged.zarr")
     (folder / "damaged.zarr" / "zarr.json").write_text('{"a": ')
-    return folder

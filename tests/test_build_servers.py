@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +18,7 @@ import yaml
 import zarr
 
 from known_builds import args, build_world, make_world
+from known_scenes import serve
 from minecube import cube
 
 
@@ -43,25 +43,21 @@ main()
 """
 
 
+def name_server(folder, url, **source):
+    """Let the copied archive's source name this server."""
+    known = yaml.safe_load((folder / "archive" / "sources.yaml").read_text())
+    known["sim-earth-search"] |= {"href": f"{url}/earth-search.parquet", **source}
+    (folder / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
+
+
 def test_an_interrupt_is_heard_while_a_server_is_in_trouble(world, tmp_path):
     """Every image is answered with 503, which is waited out for minutes; not after Ctrl-C, whatever thread is given it."""
     shutil.copytree(
         world / "archive", tmp_path / "archive", ignore=shutil.ignore_patterns("truth*")
     )
     shutil.copy(world / "sites.geojson", tmp_path)
-    server = [
-        sys.executable,
-        str(Path(__file__).with_name("range_server.py")),
-        str(tmp_path / "archive"),
-        "--fail",
-        "1",
-    ]
-    process = subprocess.Popen(server, stdout=subprocess.PIPE, text=True)
-    try:
-        url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        known = yaml.safe_load((tmp_path / "archive" / "sources.yaml").read_text())
-        known["sim-earth-search"]["href"] = f"{url}/earth-search.parquet"
-        (tmp_path / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
+    with serve(tmp_path / "archive", "--fail", 1) as url:
+        name_server(tmp_path, url)
         command = [sys.executable, "-c", ANOTHER_IS_GIVEN_IT, "build"]
         build = subprocess.Popen(
             [*command, *map(str, args(tmp_path, tmp_path / "new.zarr"))],
@@ -81,9 +77,6 @@ def test_an_interrupt_is_heard_while_a_server_is_in_trouble(world, tmp_path):
         finally:
             build.kill()
             build.communicate()
-    finally:
-        process.terminate()
-        process.communicate()
     assert time.monotonic() - start < 30
     assert build.returncode == 130, err
     assert "interrupted; committed years are safe" in err
@@ -97,32 +90,16 @@ def test_no_signature_is_written(world, built, tmp_path):
     """Tokens that expire during the build: nothing lost, and no file, log or line on the screen holds one."""
     shutil.copytree(world / "archive", tmp_path / "archive")
     shutil.copy(world / "sites.geojson", tmp_path)
-    server = [
-        sys.executable,
-        str(Path(__file__).with_name("range_server.py")),
-        str(tmp_path / "archive"),
-    ]
-    process = subprocess.Popen(
-        [*server, "--token-life", "0.5", "--delay", "0.02"], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        url = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-        known = yaml.safe_load((tmp_path / "archive" / "sources.yaml").read_text())
-        known["sim-earth-search"] |= {
-            "href": f"{url}/earth-search.parquet",
-            "access": {"kind": "planetary-computer", "href": f"{url}/token"},
-        }
-        (tmp_path / "archive" / "sources.yaml").write_text(yaml.safe_dump(known))
-        store = tmp_path / "cubes.zarr"
+    store = tmp_path / "cubes.zarr"
+    with serve(tmp_path / "archive", "--token-life", 0.5, "--delay", 0.02) as url:
+        access = {"kind": "planetary-computer", "href": f"{url}/token"}
+        name_server(tmp_path, url, access=access)
         done = subprocess.run(
             [sys.executable, "-c", LOUD, "-v", "build", *map(str, args(tmp_path, store))],
             capture_output=True,
             text=True,
             check=False,
         )
-    finally:
-        process.terminate()
-        process.communicate()
     assert done.returncode == 0, done.stderr[-2000:]
     assert "127.0.0.1" in done.stderr  # the log tells requests
     assert "sig=" not in done.stdout + done.stderr
@@ -131,12 +108,8 @@ def test_no_signature_is_written(world, built, tmp_path):
     assert not [p for p in written if b"sig=" in p.read_bytes()]
     for year in (2020, 2022):  # these are compressed
         for name in ("scenes", "reads"):
-            content = zarr.open_array(store, path=f"pit/builds/{year}/{name}", mode="r")[
-                :
-            ].tobytes()
             assert not any(
-                b"sig=" in str(row).encode()
-                for row in pq.read_table(io.BytesIO(content)).to_pylist()
+                "sig=" in str(row) for row in rows_of(store, f"pit/builds/{year}/{name}")
             )
     for year in (2020, 2022):
         totals = cube.read_markers(cube.Store(store), "pit")[year]["reads"]
@@ -149,3 +122,9 @@ def test_no_signature_is_written(world, built, tmp_path):
         for s in (built, store)
     )
     xr.testing.assert_identical(a.drop_attrs().load(), b.drop_attrs().load())
+
+
+def rows_of(store, path):
+    """The rows of a Parquet file that is stored as an array of bytes."""
+    content = zarr.open_array(store, path=path, mode="r")[:].tobytes()
+    return pq.read_table(io.BytesIO(content)).to_pylist()

@@ -143,8 +143,12 @@ def test_a_store_keeps_the_margin_it_was_built_with(world, tmp_path):
         tmp_path / "new-scenes",
     )
     assert "committed" in out
+    assert_same_pixels_within_the_margin(tmp_path / "new", tmp_path / "old")
+
+
+def assert_same_pixels_within_the_margin(with_margin, without):
     wide, narrow = (
-        xr.open_zarr(tmp_path / name, group="pit", consolidated=False) for name in ("new", "old")
+        xr.open_zarr(store, group="pit", consolidated=False) for store in (with_margin, without)
     )
     assert (wide.sizes["x"], wide.sizes["y"]) == (144, 120)  # twice 60 m on each side
     assert wide.x.values[12:-12].tolist() == narrow.x.values.tolist()
