@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import warnings
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +19,7 @@ from known_archives import (
     NAMES,
     SHAPE,
     SITES,
+    SPLIT,
     UPRIGHT,
     YEARS,
     changed,
@@ -29,7 +35,6 @@ from minecube.catalog import load_sites
 from minecube.errors import ReleaseError
 from minecube.grid import PIXEL_DEG
 from minecube.release import audit as auditing
-from minecube.release import importing, sites
 from minecube.simulate.release import encode_tiff
 
 
@@ -95,34 +100,41 @@ def test_changes_are_counted_between_all_years(whole, tmp_path):
         )
 
 
-def test_an_import_goes_on_where_it_stopped(whole, tmp_path, monkeypatch):
+def test_an_import_goes_on_where_it_stopped(whole, tmp_path):
+    """The sites that were read are not read again: their members are zeros by then."""
     imported(whole[0], tmp_path / "at_once")
-    read, asked = sites.read_site, []
-
-    def stops(archive, found, site):
-        asked.append(site)
-        if site == "Portuga_2" and len(asked) <= 3:
-            raise ReleaseError("the line is dead")
-        return read(archive, found, site)
-
-    monkeypatch.setattr(importing, "read_site", stops)
+    path = Path(shutil.copy(whole[0], tmp_path / "a.zip"))
+    with zipfile.ZipFile(path) as content:
+        last = min(m.header_offset for m in content.infolist() if "Portuga_2" in m.filename)
+        assert all(m.header_offset >= last or "Germany" in m.filename for m in content.infolist())
+    archive = release.Archive(str(path))
+    os.truncate(path, last)
     with pytest.raises(
-        ReleaseError, match="Portuga_2: the line is dead; 2 sites are read, run again"
+        ReleaseError, match=r"Portuga_2: .*it has become shorter.*; 2 sites are read, run again"
     ):
-        imported(whole[0], tmp_path / "resumed")
+        release.import_release(archive, tmp_path / "resumed", KNOWN, SPLIT)
     assert not (tmp_path / "resumed" / "sites.geojson").exists()
     with pytest.raises(ReleaseError, match="holds no finished import"):
         release.open_import(tmp_path / "resumed")
-    imported(whole[0], tmp_path / "resumed")
-    assert sorted(asked) == [*sorted(SITES), "Portuga_2"]
-    files = sorted(p.name for p in (tmp_path / "at_once").iterdir())
-    assert sorted(p.name for p in (tmp_path / "resumed").iterdir()) == files
-    for name in files:
-        assert (tmp_path / "resumed" / name).read_bytes() == (
-            tmp_path / "at_once" / name
-        ).read_bytes(), name
-    imported(whole[0], tmp_path / "resumed")
-    assert len(asked) == 4
+    path.write_bytes(bytes(last) + whole[0].read_bytes()[last:])
+    need_same_import(path, tmp_path)
+    with zipfile.ZipFile(path) as content:
+        directory = content.start_dir
+    path.write_bytes(bytes(directory) + whole[0].read_bytes()[directory:])
+    need_same_import(path, tmp_path)
+
+
+def need_same_import(path, folder):
+    """Import the archive into `resumed`, and compare its files with those of `at_once`."""
+    archive = release.Archive(str(path))
+    release.import_release(archive, folder / "resumed", KNOWN, SPLIT)
+    files = sorted(p.name for p in (folder / "at_once").iterdir())
+    assert sorted(p.name for p in (folder / "resumed").iterdir()) == files
+    for name in set(files) - {"import.json"}:
+        there = (folder / "at_once" / name).read_bytes()
+        assert (folder / "resumed" / name).read_bytes() == there, name
+    notes = [json.loads((folder / of / "import.json").read_text()) for of in ("at_once", "resumed")]
+    assert {**notes[0], "archive": str(path)} == notes[1]
 
 
 def test_a_folder_holds_one_archive(whole, tmp_path):
