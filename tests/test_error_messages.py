@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from concurrent.futures import CancelledError
 
 import click
@@ -12,7 +13,7 @@ import pytest
 from distributed.scheduler import KilledWorker
 
 from minecube.catalog.fields import FieldError
-from minecube.cli import cli
+from minecube.cli import COMMANDS, cli
 from minecube.jobs.failures import exit_code_of, explain
 
 
@@ -40,21 +41,27 @@ def test_errors_that_are_explained():
         assert explain(ours) is None
 
 
-BUG = """
-import sys
-import time
+ADDED = """
+import logging, sys, types, warnings
+import click
 from minecube import cli
-from minecube.cli import options
-def wrong(*_):
+def add(command):
+    cli.COMMANDS[command.name] = "A command for this test."
+    module = types.SimpleNamespace(**{command.name: command})
+    sys.modules[f"minecube.cli.{command.name}"] = module
+"""
+BUG = f"""{ADDED}
+@add
+@click.command()
+def wrong():
     raise ZeroDivisionError("nobody expects this")
-options.choose_sites = wrong
 cli.main(sys.argv[1:])
 """
 
 
 def test_a_bug_of_ours_is_one_sentence_and_a_traceback_when_asked():
     plain, loud = (
-        subprocess.run([sys.executable, "-c", BUG, *more, "sites"], capture_output=True, text=True)
+        subprocess.run([sys.executable, "-c", BUG, *more, "wrong"], capture_output=True, text=True)
         for more in ([], ["-v"])
     )
     (line,) = plain.stderr.splitlines()
@@ -67,33 +74,32 @@ def test_a_bug_of_ours_is_one_sentence_and_a_traceback_when_asked():
 
 
 def test_callers_in_python_see_the_error_itself(monkeypatch):
-    def wrong(*_):
+    @click.command()
+    def wrong():
         raise ZeroDivisionError
 
-    monkeypatch.setattr("minecube.cli.options.choose_sites", wrong)
+    monkeypatch.setitem(COMMANDS, "wrong", "A command for this test.")
+    monkeypatch.setitem(sys.modules, "minecube.cli.wrong", types.SimpleNamespace(wrong=wrong))
     with pytest.raises(ZeroDivisionError):
-        cli.main(["sites"], standalone_mode=False)
+        cli.main(["wrong"], standalone_mode=False)
 
 
-LOGS = """
-import logging, sys, warnings
-from minecube import cli
-from minecube.cli import options
-def noisy(*_):
+LOGS = f"""{ADDED}
+@add
+@click.command()
+def noisy():
     for name in ("urllib3", "distributed.client", "rasterio._env", "botocore", "pystac", "asyncio"):
         logging.getLogger(name).error("noise of %s", name)
     warnings.warn("noise of a library")
     logging.getLogger("minecube.scenes").warning("our warning")
     logging.getLogger("minecube.scenes").info("our news")
-    return []
-options.choose_sites = noisy
 cli.main(sys.argv[1:])
 """
 
 
 def test_only_our_log_is_shown():
     plain, loud = (
-        subprocess.run([sys.executable, "-c", LOGS, *more, "sites"], capture_output=True, text=True)
+        subprocess.run([sys.executable, "-c", LOGS, *more, "noisy"], capture_output=True, text=True)
         for more in ([], ["-v"])
     )
     assert plain.stderr.splitlines() == ["WARNING our warning"]

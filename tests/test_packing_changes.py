@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -35,19 +34,39 @@ def copied(whole, tmp_path):
     return str(shutil.copytree(whole, tmp_path / "cubes.zarr"))
 
 
-def meanwhile(monkeypatch, does, module="write.pack", after=1):
-    """Something that another command does once the store has been listed."""
-    module = sys.modules[f"minecube.cube.{module}"]
-    listed, calls = module.list_files, []
+class Objects:
+    """The objects of a store, and something that another command does after one of them is read."""
 
-    def then(store):
-        found = listed(store)
-        calls.append(store)
-        if len(calls) == after:
-            does()
-        return found
+    def __init__(self, raw, key, does):
+        self.raw, self.key, self.does = raw, key, does
 
-    monkeypatch.setattr(module, "list_files", then)
+    def __getattr__(self, name):
+        return getattr(self.raw, name)
+
+    def list(self):
+        yield from self.raw.list()
+        self.then("list")
+
+    def get(self, key):
+        content = self.raw.get(key)
+        self.then(key)
+        return content
+
+    def then(self, key):
+        if key == self.key:
+            self.key = None
+            self.does()
+
+
+class Changing(cube.Store):
+    """A store in which another command acts once an object is read, or once all are listed."""
+
+    def __init__(self, name, key, does):
+        super().__init__(name)
+        object.__setattr__(self, "objects", Objects(super().open_objects(), key, does))
+
+    def open_objects(self):
+        return self.objects
 
 
 def finish(store, site):
@@ -56,41 +75,30 @@ def finish(store, site):
     )
 
 
-def test_a_year_committed_after_it_was_listed_is_not_packed_in_part(
-    copied, sites, tmp_path, monkeypatch
-):
+def test_a_year_committed_after_it_was_listed_is_not_packed_in_part(copied, sites, tmp_path):
     out = tmp_path / "p.zip"
-    with monkeypatch.context() as patched:
-        meanwhile(patched, lambda: finish(copied, sites["pit"]))
-        with pytest.raises(
-            CubeError,
-            match=r"pit/builds/2021/\S+ was written while it was packed.*nothing was packed",
-        ):
-            cube.pack(cube.Store(copied), out, ["pit"])
+    store = Changing(copied, "list", lambda: finish(copied, sites["pit"]))
+    with pytest.raises(
+        CubeError,
+        match=r"pit/builds/2021/\S+ was written while it was packed.*nothing was packed",
+    ):
+        cube.pack(store, out, ["pit"])
     assert not out.exists()
     assert cube.pack(cube.Store(copied), out, ["pit"]).site_years == 3
 
 
-def test_a_year_taken_back_after_it_was_listed_is_not_packed_as_committed(
-    copied, tmp_path, monkeypatch
-):
-    module, marker = (
-        sys.modules["minecube.cube.write.pack"],
-        Path(copied) / "pond" / "builds" / "2020" / "zarr.json",
-    )
-    kept = module._keys_to_pack
+def test_a_year_taken_back_after_it_was_listed_is_not_packed_as_committed(copied, tmp_path):
+    key = "pond/builds/2020/zarr.json"
+    marker = Path(copied) / key
 
-    def then(*of):
-        found = kept(*of)
-        # As a build that replaces it begins.
+    def take_back():
+        """As a build that replaces it begins."""
         marker.write_text(json.dumps({**json.loads(marker.read_text()), "attributes": {}}))
-        return found
 
-    monkeypatch.setattr(module, "_keys_to_pack", then)
     with pytest.raises(
         CubeError, match=r"pond/builds/2020/zarr.json was written while it was packed"
     ):
-        cube.pack(cube.Store(copied), tmp_path / "p.zip")
+        cube.pack(Changing(copied, key, take_back), tmp_path / "p.zip")
     assert [p.name for p in tmp_path.iterdir()] == ["cubes.zarr"]
 
 
@@ -158,8 +166,8 @@ def test_what_is_written_anew_while_it_is_packed_is_said(
     assert [p.name for p in tmp_path.iterdir()] == ["cubes.zarr"]
 
 
-def test_a_year_committed_after_it_was_listed_lacks_nothing_to_verify(copied, sites, monkeypatch):
-    meanwhile(monkeypatch, lambda: finish(copied, sites["pit"]), "verify")
-    assert {(f.kind, f.what) for f in cube.verify(cube.Store(copied), ["pit"]).findings} == {
+def test_a_year_committed_after_it_was_listed_lacks_nothing_to_verify(copied, sites):
+    store = Changing(copied, "list", lambda: finish(copied, sites["pit"]))
+    assert {(f.kind, f.what) for f in cube.verify(store, ["pit"]).findings} == {
         ("stale", "predictions/net")
     }
