@@ -99,7 +99,7 @@ class Execution:
     "--device",
     default="cpu",
     show_default=True,
-    help="Device for geomedians and the second mask: cpu, or a GPU (cuda).",
+    help="Device for geomedians: cpu, or a GPU (cuda).",
 )
 @click.option(
     "--yes",
@@ -148,7 +148,7 @@ def build(
             f"{listed}: larger than {LARGE_KM2} km2, which no mine is, so nothing was built; "
             "the table says what it would take: check the polygon, or say --yes"
         )
-    job = replace(job, tools=load_tools(job.recipe, execution.device, options.catalog))
+    job = replace(job, tools=load_tools(execution.device))
     with (
         progress_bar("building", len(loaded) * len(years)) as bar,
         connect_workers(execution.scheduler) as executor,

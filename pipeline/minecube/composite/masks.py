@@ -87,13 +87,7 @@ def correct_classes(scl: UInt8, error: str | None) -> UInt8:
     return scl
 
 
-def classify(
-    scl: UInt8,
-    recipe: Recipe,
-    months: Sequence[int],
-    seasons: Sequence[int],
-    opinion: UInt8 | None = None,
-) -> UInt8:
+def classify(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[int]) -> UInt8:
     """Classify each observation: an index into `QUALITY`, 0 = not observed, 255 = unusable.
 
     Args:
@@ -102,7 +96,6 @@ def classify(
         months: Calendar month of each day.
         seasons: Kind of each day's clear observations: 1 in the recipe's months, or a fallback (see
             `daymasks.season_of`).
-        opinion: uint8 [day, y, x], classes of a second mask, 0 = clear.
 
     Returns:
         uint8 [day, y, x].
@@ -111,24 +104,14 @@ def classify(
     bright: Sequence[Bool | None] | Bool = [None] * days
     if recipe.bright_override:
         bright = find_bright_ground(scl, recipe.bright_override)
-    opinions: Sequence[UInt8 | None] | UInt8 = [None] * days
-    if opinion is not None:
-        opinions = opinion
     kinds = np.empty_like(scl)
     for day, layer in enumerate(scl):  # day by day, to need no memory beyond the result
-        kinds[day] = classify_day(
-            layer, bright[day], recipe, months[day], seasons[day], opinions[day]
-        )
+        kinds[day] = classify_day(layer, bright[day], recipe, months[day], seasons[day])
     return kinds
 
 
 def classify_day(
-    layer: UInt8,
-    bright: Bool | None,
-    recipe: Recipe,
-    month: int,
-    season: int,
-    opinion: UInt8 | None,
+    layer: UInt8, bright: Bool | None, recipe: Recipe, month: int, season: int
 ) -> UInt8:
     """Classify the observations of one day: uint8 [y, x], as `classify` returns them.
 
@@ -138,7 +121,6 @@ def classify_day(
         recipe: Mask rules.
         month: Calendar month of the day.
         season: Kind of the day's clear observations.
-        opinion: uint8 [y, x], classes of a second mask, 0 = clear.
     """
     observed = layer != _NODATA
     hidden = layer == VEILED
@@ -151,12 +133,6 @@ def classify_day(
             flagged &= ~bright
         hidden |= flagged
         grown |= grow(flagged, rule)
-    if opinion is not None and recipe.second_opinion:
-        flagged = _is_one_of(opinion, recipe.second_opinion.classes)
-        if bright is not None:
-            flagged &= ~bright
-        hidden |= flagged
-        grown |= dilate(flagged, recipe.second_opinion.dilate_m)
     if season == CLEAR:
         kinds: UInt8 = np.full_like(layer, FALLBACKS["ungrown"])
         np.copyto(kinds, FALLBACKS["thin"], where=hidden)

@@ -62,7 +62,7 @@ class BuildJob:
     at_once: int = 1
     """Number of simultaneous site-years on this machine."""
     tools: Tools = field(default_factory=Tools)
-    """Reducers and second mask for the blocks."""
+    """The geomedian for the blocks."""
 
     @property
     def lossy(self) -> bool:
@@ -197,37 +197,20 @@ def choose_scenes(
     return listed, selected
 
 
-def load_tools(recipe: Recipe, device: str, catalog: Path | None) -> Tools:
-    """Load the geomedian for the device, and the recipe's second mask.
-
-    Args:
-        recipe: may ask for a second opinion on clouds.
-        device: cpu, or a GPU such as cuda.
-        catalog: folder of the recipe; its weights are relative to it.
+def load_tools(device: str) -> Tools:
+    """Load the geomedian for a device: cpu, or a GPU such as cuda.
 
     Raises:
-        CatalogError: a package is missing. The message names the extra to install.
-        ModelError: the device is missing, or weights cannot be loaded.
+        CatalogError: PyTorch is missing. The message names the extra to install.
+        ModelError: the device is missing.
     """
-    tools = Tools()
-    if device != "cpu":
-        try:
-            from minecube.composite.torch_reducers import TorchGeomedian  # an extra, for GPUs only
-        except ModuleNotFoundError as error:
-            raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
-        tools = replace(tools, geomedian=TorchGeomedian(device))
-    if recipe.second_opinion:
-        try:
-            from minecube.composite.opinion import OmniCloudMask
-        except ModuleNotFoundError as error:
-            raise CatalogError(
-                f"recipe {recipe.id!r} asks for a second opinion on clouds, "
-                "which needs a package more: pip install 'minecube[clouds]'"
-            ) from error
-        folder = catalog or Path()
-        weights = [str(folder / name) for name in recipe.second_opinion.weights]
-        tools = replace(tools, opinion=OmniCloudMask(weights, device))
-    return tools
+    if device == "cpu":
+        return Tools()
+    try:
+        from minecube.composite.torch_reducers import TorchGeomedian  # an extra, for GPUs only
+    except ModuleNotFoundError as error:
+        raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
+    return Tools(geomedian=TorchGeomedian(device))
 
 
 def build_year(
