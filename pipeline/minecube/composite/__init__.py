@@ -38,12 +38,13 @@ from odc.geo.geobox import GeoBox
 from minecube.catalog import REDUCERS, SCL, Recipe
 from minecube.composite.block import composite_block
 from minecube.composite.needs import pixel_size_of, sort_in_mosaic_order
-from minecube.composite.task import Tools
+from minecube.composite.reducers import geomedian as numpy_geomedian
+from minecube.composite.task import GeomedianFunction
 from minecube.errors import ReadError
 from minecube.grid import iterate_blocks
 from minecube.reader import Ledger
 
-__all__ = ["Tools", "composite", "composite_block"]
+__all__ = ["GeomedianFunction", "composite", "composite_block"]
 
 
 def composite(
@@ -53,7 +54,7 @@ def composite(
     ledger: Ledger | None = None,
     *,
     year: int | None = None,
-    tools: Tools | None = None,
+    geomedian: GeomedianFunction = numpy_geomedian,
 ) -> xr.Dataset:
     """Composite one year of one site, lazily.
 
@@ -66,7 +67,7 @@ def composite(
         recipe: Bands, mask, reducer and block size.
         ledger: Counts the reads made in this process. Its settings allow or forbid lost reads.
         year: Year of the composite. Required if the scenes are of several years.
-        tools: The geomedian to use instead of numpy's.
+        geomedian: The geomedian for recipes that use it, by default numpy's.
 
     Returns:
         `reflectance` uint16 [band, y, x], x 10000, 0 = no observation, valid >= 1. Halves are
@@ -84,7 +85,6 @@ def composite(
             Band pixels are neither 10 nor 20 m, or too coarse for the haze test. When computed: A
             pixel cannot be read.
     """
-    tools = tools or Tools()
     _check_scenes(scenes, recipe)
     _check_recipe(recipe)
     year = year or _find_year(scenes)
@@ -98,7 +98,7 @@ def composite(
     )
     for _, row in row_of_blocks:
         boxes = [grid[block] for block in row]
-        composites = [task(shared_scenes, box, recipe, year, tools, ledger) for box in boxes]
+        composites = [task(shared_scenes, box, recipe, year, geomedian, ledger) for box in boxes]
         for name, dtype in dtypes.items():
             lead = (len(recipe.bands),) if name == "reflectance" else ()
             rows[name].append(

@@ -10,17 +10,11 @@ from odc.geo.geobox import GeoBox
 
 from minecube.arrays import UInt16
 from minecube.catalog import Recipe
-from minecube.composite import reducers
 from minecube.composite.reducers import Geomedian
 from minecube.reader import Ledger
 
-
-@dataclass(frozen=True)
-class Tools:
-    """Replacements for the defaults: a geomedian on a GPU."""
-
-    geomedian: Callable[[UInt16], Geomedian] = reducers.geomedian
-    """Computes `reducers.geomedian`."""
+GeomedianFunction = Callable[[UInt16], Geomedian]
+"""`reducers.geomedian`, or the same on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +28,6 @@ class BlockTask:
     recipe: Recipe
     year: int
     """Year of the composite."""
-    tools: Tools
+    geomedian: GeomedianFunction
     ledger: Ledger | None
     """Counts the reads."""

@@ -23,7 +23,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
-from minecube.composite import Tools, composite, plan, registration
+from minecube.composite import GeomedianFunction, composite, plan, reducers, registration
 from minecube.errors import (
     CatalogError,
     LostReadError,
@@ -61,8 +61,8 @@ class BuildJob:
     """Whether to replace builds from other scenes or with lost reads."""
     at_once: int = 1
     """Number of simultaneous site-years on this machine."""
-    tools: Tools = field(default_factory=Tools)
-    """The geomedian for the blocks."""
+    geomedian: GeomedianFunction = reducers.geomedian
+    """The geomedian for recipes that use it."""
 
     @property
     def lossy(self) -> bool:
@@ -197,7 +197,7 @@ def choose_scenes(
     return listed, selected
 
 
-def load_tools(device: str) -> Tools:
+def load_geomedian(device: str) -> GeomedianFunction:
     """Load the geomedian for a device: cpu, or a GPU such as cuda.
 
     Raises:
@@ -205,12 +205,12 @@ def load_tools(device: str) -> Tools:
         ModelError: the device is missing.
     """
     if device == "cpu":
-        return Tools()
+        return reducers.geomedian
     try:
         from minecube.composite.torch_reducers import TorchGeomedian  # an extra, for GPUs only
     except ModuleNotFoundError as error:
         raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
-    return Tools(geomedian=TorchGeomedian(device))
+    return TorchGeomedian(device)
 
 
 def build_year(
@@ -326,7 +326,7 @@ def _composite_year(
     )
     is_new = cube.write_year(
         job.store,
-        composite(usable, task.grid, job.recipe, ledger, year=task.year, tools=job.tools),
+        composite(usable, task.grid, job.recipe, ledger, year=task.year, geomedian=job.geomedian),
         notes,
         snapshot.to_bytes(usable),
         options,
