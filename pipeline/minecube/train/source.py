@@ -107,7 +107,7 @@ class Cubes:
     def cut(
         self, site: str, years: Sequence[int], y: int, x: int, size: int
     ) -> tuple[UInt16, UInt8]:
-        """Cut a window as described in `Source.cut`."""
+        """Cut a window as described in `WindowSource.cut`."""
         image, label = self._arrays[site]
         years_of_site = self.years_of(site)
         positions = [years_of_site.index(year) for year in years]
