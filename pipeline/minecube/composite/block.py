@@ -306,13 +306,9 @@ class _Block:
     def take_days(
         self, all_bands: Iterable[_BandPixels], index: Int16, days: IntP, layers: Layers
     ) -> None:
-        """Write the chosen day of each pixel to the layers.
+        """Write the chosen day of each pixel to `reflectance` and `day_of_year` of the layers.
 
-        Args:
-            all_bands: The bands.
-            index: int16 [y, x] at 10 m, index into `days`, -1 = none.
-            days: Indices of the bands' days.
-            layers: `reflectance` and `day_of_year` are overwritten.
+        `index` is int16 [y, x] at 10 m into `days`, the indices of the bands' days; -1 = none.
         """
         layers["day_of_year"][:] = np.where(index >= 0, self.yeardays[days][index], 0)
         for k, band, pixels in all_bands:
@@ -338,12 +334,8 @@ class _Block:
 class _BestPixels:
     """The choice of the best day of each pixel of a block.
 
-    Args:
-        block: The block.
-        rule: The score of an observation.
-        fringe: The bands that decide the choice.
-        days: Indices of the candidate days among all days.
-        use: bool [day, y, x] at 20 m, the candidate observations of these days.
+    `days` are indices of the candidate days among all days. `use` marks their candidate
+    observations, bool [day, y, x] at 20 m.
     """
 
     def __init__(
