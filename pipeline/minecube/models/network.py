@@ -109,11 +109,7 @@ def build(card: ModelCard) -> nn.Module:
 
 
 def count_parameters(card: ModelCard) -> int:
-    """Count the trainable numbers of the card's network without drawing them.
-
-    Raises:
-        ModelError: As for `build`.
-    """
+    """Count the network's trainable numbers without drawing them. Raises ModelError as `build`."""
     with torch.device("meta"):
         return sum(p.numel() for p in build(card).parameters() if p.requires_grad)
 
@@ -343,11 +339,7 @@ def select_bands(reflectance: xr.DataArray, card: ModelCard) -> xr.DataArray:
 
 
 def band_positions(bands: Sequence[str], card: ModelCard, cubes: str) -> list[int]:
-    """Return the positions of the card's bands among these bands of `cubes`.
-
-    Raises:
-        ModelError: Bands are missing or in another order than the card's.
-    """
+    """Return the positions of the card's bands; raise ModelError if missing or in another order."""
     if [band for band in bands if band in card.bands] != list(card.bands):
         raise ModelError(
             f"model {card.id}: expected the bands {', '.join(card.bands)} in this order, found "

@@ -78,11 +78,7 @@ def fetch(card: ModelCard, cache: Path | None = None) -> TrainedModel:
 
 
 def _read_verified(weights: Weights, cache: Path) -> tuple[str, bytes]:
-    """Return the file's name for messages, and its content.
-
-    Raises:
-        ModelError: The file cannot be read, or its hash is not the card's.
-    """
+    """Return the file's name and content; raise ModelError if unread or of another hash."""
     if "://" not in weights.href:
         content = _read(Path(weights.href))
         _need_hash(weights, weights.href, hashlib.sha256(content).hexdigest())

@@ -133,11 +133,7 @@ def smooth(probability: xr.DataArray, rates: Rates) -> xr.DataArray:
 
 
 def checked_years(probability: xr.DataArray) -> list[int]:
-    """Return the years of a stored probability or footprint (year, y, x).
-
-    Raises:
-        LabelError: The array is neither.
-    """
+    """Return the years of a probability or footprint (year, y, x); raise LabelError for others."""
     years: list[int] = []
     if "year" in probability.coords:
         years = probability["year"].to_numpy().astype(int).tolist()

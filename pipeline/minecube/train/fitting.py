@@ -186,11 +186,7 @@ def _without_texts(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_checkpoint(run: TrainingOptions, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the state to resume from, if any.
-
-    Raises:
-        ModelError: The state is another training's, or would be lost.
-    """
+    """Read the state to resume from, if any; raise ModelError if it would be mixed or lost."""
     if run.checkpoint is None or not run.checkpoint.exists():
         return None
     content = read_state(run.checkpoint)
