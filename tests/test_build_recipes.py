@@ -13,7 +13,7 @@ import xarray as xr
 from known_builds import args, build_world, make_world, run_here
 from minecube import cube, scenes
 from minecube.catalog import Registration, load_recipes, load_sites, load_sources
-from minecube.composite import Tools, reducers
+from minecube.composite import reducers
 from minecube.errors import SceneError
 from minecube.jobs import build as building
 
@@ -117,14 +117,13 @@ def test_a_build_uses_the_reducers_it_is_given(world, tmp_path):
         return result._replace(reflectance=result.reflectance + np.uint16(lift))
 
     for lift in (0, 1):
-        tools = Tools(geomedian=functools.partial(lifted, lift))
         store = str(tmp_path / f"{lift}.zarr")
         job = building.BuildJob(
             store=cube.Store(store),
             sources=(source,),
             recipe=recipe,
             snapshots=tmp_path,
-            tools=tools,
+            geomedian=functools.partial(lifted, lift),
         )
         assert [o.state for o in building.build_cubes(job, sites, [2020])] == ["built"]
         cubes[lift] = xr.open_zarr(store, group="pit", consolidated=False)["reflectance"].load()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -80,19 +79,6 @@ def test_a_large_site_is_built_when_asked_twice(world, tmp_path, monkeypatch):
     asked = args(world, tmp_path / "new.zarr", "2020")
     assert "pit (1 km2): larger than 1 km2" in run_here("build", *asked, ok=2)[1]
     assert "built" in run_here("build", *asked, "--yes")[0]
-
-
-def test_a_second_opinion_that_is_not_installed(world, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "omnicloudmask", None)
-    shutil.copytree(
-        world / "archive", tmp_path / "own", ignore=shutil.ignore_patterns("earth-search", "truth*")
-    )
-    text = "asks: {title: t, bands: [B03, B04, B08], second_opinion: {weights: [net.pt]}}\n"
-    (tmp_path / "own" / "recipes.yaml").write_text(text)
-    given = dict(zip(*[iter(args(world, tmp_path / "new.zarr"))] * 2, strict=True))
-    given |= {"--catalog": tmp_path / "own", "--recipe": "asks"}
-    _, err = run_here("build", *[v for pair in given.items() for v in pair], ok=2)
-    assert "pip install 'minecube[clouds]'" in err
 
 
 def test_an_empty_search_says_how_to_widen_it_and_leaves_nothing(world, tmp_path):

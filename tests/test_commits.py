@@ -23,7 +23,7 @@ from known_site_years import (
     year_of,
 )
 from minecube import cube
-from minecube.composite import Tools, composite, reducers
+from minecube.composite import composite, reducers
 from minecube.cube.write.staging import put_bytes
 from minecube.errors import BusyError, CubeError, ReadError
 from minecube.grid import grid_of
@@ -84,7 +84,7 @@ def test_each_block_is_made_once(archive, tmp_path):
         made.append(1)
         return reducers.geomedian(stack)
 
-    lazy = composite([scene], grid_of(site), recipe, tools=Tools(geomedian=counted))
+    lazy = composite([scene], grid_of(site), recipe, geomedian=counted)
     cube.write_year(where, lazy, PROVENANCE, b"")
     assert len(made) == 4
     np.testing.assert_array_equal(cube.open_cube(where, "mine").reflectance[0, :, 5, 5], [7, 9])

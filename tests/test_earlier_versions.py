@@ -17,8 +17,10 @@ from click.testing import CliRunner
 
 from known_scenes import site_of
 from minecube import cube, models
-from minecube.catalog import Recipe
+from minecube.catalog import BANDS, SCL, Recipe, as_dict, rebuild_recipe
 from minecube.cli import cli
+from minecube.composite import composite
+from minecube.errors import ReadError
 from minecube.grid import grid_of
 
 EARLIER = Path(__file__).with_name("earlier")
@@ -123,3 +125,13 @@ def test_a_model_maps_as_it_did(store):
     assert (
         abs(found - cube.open_probability(cube.Store(store), "pit", "tiny").astype(int)).max() <= 1
     )  # another processor's last bit
+
+
+def test_a_recipe_with_a_second_cloud_mask_is_read_but_makes_no_composite(site):
+    stored = as_dict(RECIPE) | {"second_opinion": {"weights": ["a.pt"], "classes": [1, 2, 3]}}
+    recipe = rebuild_recipe(stored)
+    assert as_dict(recipe) == stored
+    asset = types.SimpleNamespace(extra_fields={"gsd": 10})
+    scene = types.SimpleNamespace(id="a", assets=dict.fromkeys([*BANDS, SCL], asset))
+    with pytest.raises(ReadError, match="'small': second cloud masks have been removed"):
+        composite([scene], grid_of(site), recipe)

@@ -17,7 +17,6 @@ from minecube.catalog import (
     HazeTest,
     MaskRule,
     Recipe,
-    SecondOpinion,
     load_recipes,
 )
 from minecube.composite.masks import (
@@ -206,33 +205,6 @@ def test_other_seasons_give_clear_observations_only():
     recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(9,)),))
     kind = classify(scl, recipe, [6, 11], [1, FALLBACKS["wider-season"]])
     np.testing.assert_array_equal(kind[:, 0], [[1, 4, 0], [5, 255, 0]])
-
-
-def test_a_second_opinion_adds_to_scl_and_takes_nothing_away():
-    scl, opinion = np.full((1, 9, 9), 4, np.uint8), np.zeros((1, 9, 9), np.uint8)
-    scl[0, 0, 0], opinion[0, 4, 4], opinion[0, 8, 8] = 9, 2, 3
-    second = SecondOpinion(weights=("a.pt",), classes=(1, 2), dilate_m=20)
-    recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(9,)),), second_opinion=second)
-    clear = classify(scl, recipe, MONTHS, OWN, opinion)[0] == 1
-    expected = np.ones((9, 9), bool)
-    expected[0, 0] = False
-    expected[4, 3:6], expected[3:6, 4] = False, False
-    np.testing.assert_array_equal(clear, expected)
-
-
-def test_bright_ground_is_not_hidden_by_the_second_opinion_either():
-    scl, mine, overcast = mine_under_changing_sky(0.1)
-    rule = (MaskRule(classes=(8, 9)),)
-    recipe = dataclasses.replace(
-        PLAIN,
-        mask=rule,
-        bright_override=BrightOverride(),
-        second_opinion=SecondOpinion(weights=("any",), dilate_m=0),
-    )
-    agrees = np.isin(scl, (8, 9)).astype(np.uint8)  # that it is cloud
-    found = classify(scl, recipe, MONTHS, OWN, agrees)
-    np.testing.assert_array_equal(found, classify(scl, recipe, MONTHS, OWN))
-    assert (found[~overcast][:, mine] == 1).mean() > 0.9
 
 
 def test_one_date_alone_says_nothing_of_bright_ground():

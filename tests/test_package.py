@@ -63,7 +63,7 @@ def test_every_extra_that_texts_name_is_declared():
     ]
     named = {extra for text in texts for extra in re.findall(r"minecube\[([a-z]+)\]", text)}
     assert named <= set(PROJECT["optional-dependencies"])
-    assert named >= {"torch", "models", "clouds", "cluster", "publish"}
+    assert named >= {"torch", "models", "cluster", "publish"}
 
 
 def test_the_extra_all_holds_every_extra_for_users():

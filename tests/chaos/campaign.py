@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -46,16 +45,13 @@ from moto.server import ThreadedMotoServer
 from obstore.store import from_url
 
 from minecube import cube, models
-from minecube.catalog import ModelCard
+from minecube.catalog import BANDS, ModelCard
 from minecube.cli import main
 from minecube.errors import CubeError
 
-spec = importlib.util.spec_from_file_location("conftest", Path(__file__).parents[1] / "conftest.py")
-assert spec
-assert spec.loader
-conftest = importlib.util.module_from_spec(spec)
-sys.modules["conftest"] = conftest
-spec.loader.exec_module(conftest)
+# The tests of the folder above share these scenes.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from known_scenes import NATIVE, Archive, grid_at, site_of
 
 YEARS = (2019, 2020, 2021, 2022)
 # Processes fork from a server that has imported all modules and has no threads.
@@ -110,24 +106,24 @@ def make_world(root: Path) -> World:
 
     The pixels of the two sources differ by 60.
     """
-    pit = conftest.site_of("pit", 360000, 5600040, 48, 48)
-    pond = conftest.site_of("pond", 363000, 5600040, 48, 48)
+    pit = site_of("pit", 360000, 5600040, 48, 48)
+    pond = site_of("pond", 363000, 5600040, 48, 48)
     for name, sites in (("sites", [pit, pond]), ("pit", [pit]), ("pond", [pond])):
         columns = {"name": [s.id for s in sites], "margin": [0] * len(sites)}
         frame = gpd.GeoDataFrame(columns, geometry=[s.geometry for s in sites], crs=4326)
         frame.to_file(root / f"{name}.geojson")
-    bands = tuple(conftest.BANDS)
+    bands = tuple(BANDS)
     texture = np.random.default_rng(0).integers(150, 2500, (10, 120, 420)).astype(np.uint16)
     sources = {}
     for letter, increment in (("a", 0), ("b", 60)):
-        archive = conftest.Archive(root / f"archive-{letter}", bands=bands)
+        archive = Archive(root / f"archive-{letter}", bands=bands)
         items = []
         for year in YEARS:
             for month in (5, 6, 7):
-                grid = conftest.grid_at(359400, 5600640, 420, 120)
+                grid = grid_at(359400, 5600640, 420, 120)
                 pixels = {}
                 for band, values in zip(bands, texture, strict=True):
-                    step = conftest.NATIVE[band] // 10
+                    step = NATIVE[band] // 10
                     pixels[band] = values[::step, ::step] + np.uint16(increment + year - 2000)
                 items.append(
                     archive.item(f"{year}-{month:02d}-0{month}T10:00:00", grid, pixels).to_dict()

@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+from known_scenes import site_of
 from minecube import cube
 from minecube.catalog import Recipe
 from minecube.errors import CubeError
@@ -32,8 +33,8 @@ YEARS = (2019, 2020, 2021)
 
 
 @pytest.fixture(scope="module")
-def site(make):
-    return make.site("pit", 360000, 5600040, 90, 48)
+def site():
+    return site_of("pit", 360000, 5600040, 90, 48)
 
 
 class Counted:

@@ -44,7 +44,6 @@ from minecube.catalog.recipe import (
     MaskRule,
     Recipe,
     Registration,
-    SecondOpinion,
 )
 from minecube.catalog.releases import Release
 from minecube.catalog.scene_source import ASSET_KEYS, Access, Offset, Source
@@ -76,7 +75,6 @@ __all__ = [
     "Recipe",
     "Registration",
     "Release",
-    "SecondOpinion",
     "Site",
     "Source",
     "TrainingSettings",

@@ -55,6 +55,11 @@ def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
                 f"{path}: entry {recipe.id!r}, field 'reducer': expected one of "
                 f"{', '.join(REDUCERS)}, found {recipe.reducer!r}, which has been removed"
             )
+        if recipe.second_opinion is not None:
+            raise CatalogError(
+                f"{path}: entry {recipe.id!r}, field 'second_opinion': expected null, "
+                f"found {recipe.second_opinion!r}; second cloud masks have been removed"
+            )
     return recipes
 
 

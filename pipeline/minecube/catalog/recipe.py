@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from minecube.catalog.fields import need, need_months
 from minecube.catalog.mission import BANDS
@@ -127,31 +129,6 @@ class HazeTest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SecondOpinion:
-    """A network's mask in addition to SCL. Cloud or shadow in either mask is not clear."""
-
-    weights: tuple[str, ...]
-    """Networks for omnicloudmask, exported by torch.export; not shipped.
-
-    Paths are relative to `--catalog`.
-    """
-    classes: tuple[int, ...] = (1, 2, 3)
-    """Classes of omnicloudmask hiding the ground: 1 thick cloud, 2 thin cloud, 3 shadow."""
-    dilate_m: int = 40
-    """Radius by which these classes grow."""
-
-    def __post_init__(self) -> None:
-        need(self.weights, "weights", "files of models, found none")
-        need(
-            self.classes and all(1 <= c <= 3 for c in self.classes),
-            "classes",
-            f"1..3, found {self.classes}",
-        )
-        fits = 0 <= self.dilate_m <= 1000 and self.dilate_m % 20 == 0
-        need(fits, "dilate_m", f"a multiple of 20 m up to 1000, found {self.dilate_m}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class BestPixel:
     """Score of an observation: a weighted sum of parts from 0 to 1."""
 
@@ -222,8 +199,8 @@ class Recipe:
     """Fewest dates of a year. A year with fewer dates is skipped, and `audit` reports it."""
     mask: tuple[MaskRule, ...] = ()
     bright_override: BrightOverride | None = None
-    second_opinion: SecondOpinion | None = None
-    """Needs B03, B04 and B08 among the bands."""
+    second_opinion: Mapping[str, Any] | None = None
+    """A removed second cloud mask, for stores of earlier versions only."""
     haze: HazeTest | None = None
     """Needs B02 and B04 among the bands."""
     fallback: tuple[str, ...] = ("ungrown", "thin", "cloud")
@@ -287,9 +264,8 @@ class Recipe:
         )
 
     def _check_mask(self) -> None:
-        for field, needed in (("haze", {"B02", "B04"}), ("second_opinion", {"B03", "B04", "B08"})):
-            fits = not getattr(self, field) or needed <= set(self.bands)
-            need(fits, field, f"{' and '.join(sorted(needed))} among the bands, or null")
+        fits = not self.haze or {"B02", "B04"} <= set(self.bands)
+        need(fits, "haze", "B02 and B04 among the bands, or null")
         if self.bright_override:
             hidden = {c for rule in self.mask for c in rule.classes}
             visible = sorted(set(self.bright_override.classes) - hidden)

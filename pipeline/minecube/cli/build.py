@@ -25,7 +25,7 @@ from minecube.cli.scene_options import JobOptions, job_options
 from minecube.composite.plan import Estimate
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
-from minecube.jobs.build import Outcome, build_cubes, load_tools
+from minecube.jobs.build import Outcome, build_cubes, load_geomedian
 from minecube.jobs.plan import plan_build
 from minecube.jobs.tables import format_table
 from minecube.jobs.workers import connect_workers
@@ -88,7 +88,7 @@ class Execution:
     "--device",
     default="cpu",
     show_default=True,
-    help="Device for geomedians and the second mask: cpu, or a GPU (cuda).",
+    help="Device for geomedians: cpu, or a GPU (cuda).",
 )
 @click.option(
     "--yes",
@@ -132,7 +132,7 @@ def build(
             f"{listed}: larger than {LARGE_KM2} km2, which no mine is, so nothing was built; "
             "the table says what it would take: check the polygon, or say --yes"
         )
-    job = replace(job, tools=load_tools(job.recipe, execution.device, options.catalog))
+    job = replace(job, geomedian=load_geomedian(execution.device))
     with (
         progress_bar("building", len(loaded) * len(years)) as bar,
         connect_workers(execution.scheduler) as executor,

@@ -20,7 +20,6 @@ warped ones.
     reducers.py         many observations -> one, in numpy
     ranks.py            medians and quartiles by rank
     torch_reducers.py   the geomedian on a GPU
-    opinion.py          a cloud network as second opinion
 """
 
 from __future__ import annotations
@@ -39,12 +38,13 @@ from odc.geo.geobox import GeoBox
 from minecube.catalog import REDUCERS, SCL, Recipe
 from minecube.composite.block import composite_block
 from minecube.composite.needs import pixel_size_of, sort_in_mosaic_order
-from minecube.composite.task import Tools
+from minecube.composite.reducers import geomedian as numpy_geomedian
+from minecube.composite.task import GeomedianFunction
 from minecube.errors import ReadError
 from minecube.grid import iterate_blocks
 from minecube.reader import Ledger
 
-__all__ = ["Tools", "composite", "composite_block"]
+__all__ = ["GeomedianFunction", "composite", "composite_block"]
 
 
 def composite(
@@ -54,7 +54,7 @@ def composite(
     ledger: Ledger | None = None,
     *,
     year: int | None = None,
-    tools: Tools | None = None,
+    geomedian: GeomedianFunction = numpy_geomedian,
 ) -> xr.Dataset:
     """Composite one year of one site, lazily.
 
@@ -67,8 +67,7 @@ def composite(
         recipe: Bands, mask, reducer and block size.
         ledger: Counts the reads made in this process. Its settings allow or forbid lost reads.
         year: Year of the composite. Required if the scenes are of several years.
-        tools: The geomedian to use instead of numpy's, and the second mask if the recipe asks for
-            one.
+        geomedian: The geomedian for recipes that use it, by default numpy's.
 
     Returns:
         `reflectance` uint16 [band, y, x], x 10000, 0 = no observation, valid >= 1. Halves are
@@ -82,13 +81,12 @@ def composite(
 
     Raises:
         ReadError: There are no scenes, a scene lacks a band of the recipe, or several years come
-            without `year`. The reducer is unknown. The recipe and `tools` disagree about a second
-            mask. Band pixels are neither 10 nor 20 m, or too coarse for the haze test. When
-            computed: A pixel cannot be read.
+            without `year`. The recipe has a reducer or a second cloud mask that has been removed.
+            Band pixels are neither 10 nor 20 m, or too coarse for the haze test. When computed: A
+            pixel cannot be read.
     """
-    tools = tools or Tools()
     _check_scenes(scenes, recipe)
-    _check_recipe(recipe, tools)
+    _check_recipe(recipe)
     year = year or _find_year(scenes)
     shared_scenes = dask.delayed(sort_in_mosaic_order(scenes, grid), pure=False, traverse=False)
     task = dask.delayed(composite_block, pure=False, traverse=False)
@@ -100,7 +98,7 @@ def composite(
     )
     for _, row in row_of_blocks:
         boxes = [grid[block] for block in row]
-        composites = [task(shared_scenes, box, recipe, year, tools, ledger) for box in boxes]
+        composites = [task(shared_scenes, box, recipe, year, geomedian, ledger) for box in boxes]
         for name, dtype in dtypes.items():
             lead = (len(recipe.bands),) if name == "reflectance" else ()
             rows[name].append(
@@ -141,19 +139,18 @@ def _check_scenes(scenes: Sequence[pystac.Item], recipe: Recipe) -> None:
             )
 
 
-def _check_recipe(recipe: Recipe, tools: Tools) -> None:
-    """Check the reducer, and that there is a second mask if the recipe asks for one."""
+def _check_recipe(recipe: Recipe) -> None:
+    """Raise ReadError for a recipe of an earlier version that needs removed code."""
     if recipe.reducer not in REDUCERS:
         raise ReadError(
             f"recipe {recipe.id!r}: reducer {recipe.reducer!r} has been removed; "
             f"expected one of {', '.join(REDUCERS)}"
         )
-    if bool(recipe.second_opinion) == bool(tools.opinion):
-        return
-    problem = "asks for no second opinion on clouds, and one is given"
-    if recipe.second_opinion:
-        problem = "asks for second opinion on clouds, and none is given"
-    raise ReadError(f"recipe {recipe.id!r} {problem}: tools=Tools(opinion=...)")
+    if recipe.second_opinion is not None:
+        raise ReadError(
+            f"recipe {recipe.id!r}: second cloud masks have been removed; "
+            "expected second_opinion to be None"
+        )
 
 
 def _find_year(scenes: Sequence[pystac.Item]) -> int:

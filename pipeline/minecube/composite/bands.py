@@ -70,12 +70,8 @@ class Bands:
     SCL, the kind of the observation becomes 0. The scene joins `incomplete` of the observations.
     The caller must then redo the block.
 
-    Args:
-        observations: The scenes and their masks.
-        use: bool [day, y, x] at 20 m, the observations to read. Days without any are left out of
-            all results.
-        box: The area to read, at 10 m.
-        ledger: Counts the reads.
+    `use` marks the observations to read, bool [day, y, x] at 20 m. Days without any are left out of
+    all results. `box` is the area to read, at 10 m.
     """
 
     def __init__(
@@ -243,13 +239,12 @@ def sum_to_mask_size(pixels: UInt16, size_m: int) -> Int32:
         return pixels.astype(np.int32) * 4
     rows = pixels[:, ::2].astype(np.int32)
     rows += pixels[:, 1::2]
-    total: Int32 = rows[:, :, ::2] + rows[:, :, 1::2]
-    return total
+    return rows[:, :, ::2] + rows[:, :, 1::2]
 
 
-def repeat_pixels(pixels: AnyArray, size_m: int, to_m: int = PIXEL_M) -> AnyArray:
-    """Repeat pixels along the last two dimensions to reach a smaller (or the same) pixel size."""
-    scale = size_m // to_m
+def repeat_pixels(pixels: AnyArray, size_m: int) -> AnyArray:
+    """Repeat pixels of 10 or 20 m along the last two dimensions to reach 10 m."""
+    scale = size_m // PIXEL_M
     if scale == 1:
         return pixels
     return pixels.repeat(scale, axis=-2).repeat(scale, axis=-1)

@@ -45,7 +45,7 @@ from minecube.composite.needs import (
     pixel_size_of,
     scenes_near,
 )
-from minecube.composite.task import BlockTask, Tools
+from minecube.composite.task import BlockTask, GeomedianFunction
 from minecube.grid import PIXEL_M, pad
 from minecube.reader import Ledger
 
@@ -63,7 +63,7 @@ def composite_block(
     box: GeoBox,
     recipe: Recipe,
     year: int,
-    tools: Tools,
+    geomedian: GeomedianFunction,
     ledger: Ledger | None = None,
 ) -> Layers:
     """Composite one block: `reflectance` uint16 [band, y, x], and the recipe's layers [y, x].
@@ -75,12 +75,14 @@ def composite_block(
         return _make_empty_layers(box, recipe)
     if estimate_memory(scenes, box, recipe) > BLOCK_BYTES and max(box.shape) >= 2 * _SMALLEST_PX:
         axis, halves = _halve(box)
-        parts = [composite_block(scenes, half, recipe, year, tools, ledger) for half in halves]
+        parts = [composite_block(scenes, half, recipe, year, geomedian, ledger) for half in halves]
         return {
             name: np.concatenate([part[name] for part in parts], axis=axis - 2) for name in parts[0]
         }
     block = _Block.from_task(
-        BlockTask(scenes=scenes, box=box, recipe=recipe, year=year, tools=tools, ledger=ledger)
+        BlockTask(
+            scenes=scenes, box=box, recipe=recipe, year=year, geomedian=geomedian, ledger=ledger
+        )
     )
     while (layers := block.composite()) is None:
         pass  # each pass gives pixels to a later scene of their day, or removes the day
@@ -254,7 +256,7 @@ class _Block:
 
     def _reduce_geomedian(self, all_bands: Sequence[_BandPixels], layers: Layers) -> None:
         for rows, stack in self._cut_strips(all_bands):
-            geomedian = self.task.tools.geomedian(stack)
+            geomedian = self.task.geomedian(stack)
             layers["reflectance"][:, rows] = geomedian.reflectance
             layers["emad"][rows] = geomedian.emad
             layers["smad"][rows] = geomedian.smad
@@ -304,13 +306,9 @@ class _Block:
     def take_days(
         self, all_bands: Iterable[_BandPixels], index: Int16, days: IntP, layers: Layers
     ) -> None:
-        """Write the chosen day of each pixel to the layers.
+        """Write the chosen day of each pixel to `reflectance` and `day_of_year` of the layers.
 
-        Args:
-            all_bands: The bands.
-            index: int16 [y, x] at 10 m, index into `days`, -1 = none.
-            days: Indices of the bands' days.
-            layers: `reflectance` and `day_of_year` are overwritten.
+        `index` is int16 [y, x] at 10 m into `days`, the indices of the bands' days; -1 = none.
         """
         layers["day_of_year"][:] = np.where(index >= 0, self.yeardays[days][index], 0)
         for k, band, pixels in all_bands:
@@ -336,12 +334,8 @@ class _Block:
 class _BestPixels:
     """The choice of the best day of each pixel of a block.
 
-    Args:
-        block: The block.
-        rule: The score of an observation.
-        fringe: The bands that decide the choice.
-        days: Indices of the candidate days among all days.
-        use: bool [day, y, x] at 20 m, the candidate observations of these days.
+    `days` are indices of the candidate days among all days. `use` marks their candidate
+    observations, bool [day, y, x] at 20 m.
     """
 
     def __init__(

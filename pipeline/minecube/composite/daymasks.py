@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
 import pystac
 
-from minecube.arrays import Float32, Int16, UInt8, UInt16
+from minecube.arrays import Float32, Int16, UInt8
 from minecube.catalog import FALLBACKS, SCL, Recipe
 from minecube.composite import masks
-from minecube.composite.bands import crop, repeat_pixels
+from minecube.composite.bands import crop
 from minecube.composite.masks import CLEAR
-from minecube.composite.needs import MASK_M, OPINION_BANDS, compute_margins, index_overpasses
+from minecube.composite.needs import MASK_M, compute_margins, index_overpasses
 from minecube.composite.task import BlockTask
 from minecube.grid import coarsen, pad
 from minecube.reader import Ledger, start_read
@@ -57,9 +56,8 @@ class DayMasks:
         scenes = range(len(self._task.scenes))
         classes = self._read_classes(scenes, self._task.ledger)
         owner, scl = masks.mosaic_scenes(classes, self.days)
-        opinion = self._read_opinions(scenes, self.days, owner, self._task.ledger)
         months = [time.month for time in self.times]
-        kind = masks.classify(scl, recipe, months, self._seasons, opinion)
+        kind = masks.classify(scl, recipe, months, self._seasons)
         if len(scl) < len(scenes):
             self._scl = scl  # `read_later` needs it
         return self._crop(owner, kind)
@@ -79,15 +77,13 @@ class DayMasks:
         one_day = [0] * len(later)
         position, scl = masks.mosaic_scenes(self._read_classes(later, ledger), one_day)
         owner = np.where(position >= 0, np.array(later, dtype=np.int16)[position], np.int16(-1))
-        opinions = self._read_opinions(later, one_day, owner, ledger)
         bright = None
         if recipe.bright_override:
             all_days = self._scl.copy()
             all_days[day] = scl[0]
             bright = masks.find_bright_ground(all_days, recipe.bright_override)[day]
-        opinion = None if opinions is None else opinions[0]
         month = self.times[day].month
-        kind = masks.classify_day(scl[0], bright, recipe, month, self._seasons[day], opinion)
+        kind = masks.classify_day(scl[0], bright, recipe, month, self._seasons[day])
         return self._crop(owner, kind[None])
 
     def _crop(self, owner: Int16, kind: UInt8) -> Masks:
@@ -109,39 +105,6 @@ class DayMasks:
         finally:
             for read in reads:
                 read.cancel()
-
-    def _read_opinions(
-        self, scenes: Sequence[int], days: Sequence[int], owner: Int16, ledger: Ledger | None
-    ) -> UInt8 | None:
-        """Compute the second mask of each day: uint8 [day, y, x] at 20 m; None without an opinion.
-
-        A value is the highest class among the four 10 m pixels.
-        """
-        classify = self._task.tools.opinion
-        if classify is None:
-            return None
-        reads: dict[int, list[Future[UInt16]]] = {}
-        for scene in scenes:
-            item = self._task.scenes[scene]
-            reads[scene] = [start_read(item, band, self._box, ledger) for band in OPINION_BANDS]
-        height, width = owner.shape[1:]
-        opinions = np.zeros(owner.shape, dtype=np.uint8)
-        try:
-            for day, day_owner in enumerate(owner):
-                image = np.zeros((len(OPINION_BANDS), *self._box.shape), dtype=np.uint16)
-                for scene, scene_day in zip(scenes, days, strict=True):
-                    if scene_day != day:
-                        continue
-                    pixels = repeat_pixels(day_owner == scene, MASK_M)
-                    for layer, read in zip(image, reads[scene], strict=True):
-                        np.copyto(layer, read.result(), where=pixels)
-                classes = classify(image)
-                opinions[day] = classes.reshape(height, 2, width, 2).max(axis=(1, 3))
-        finally:
-            for scene_reads in reads.values():
-                for read in scene_reads:
-                    read.cancel()
-        return opinions
 
 
 def season_of(scene: pystac.Item, recipe: Recipe, year: int) -> int:

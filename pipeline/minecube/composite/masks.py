@@ -70,14 +70,10 @@ def mosaic_scenes(scl: Iterable[UInt8], days: Sequence[int]) -> tuple[Int16, UIn
 
 
 def correct_classes(scl: UInt8, error: str | None) -> UInt8:
-    """Correct the classes of a scene for an error of the whole scene.
+    """Correct the classes uint8 [y, x] of a scene for an error of the whole scene.
 
-    Numbers outside SCL's classes become 0, not observed.
-
-    Args:
-        scl: uint8 [y, x].
-        error: `veiled` makes clear ground `VEILED`. `no cirrus` makes cirrus bare ground. None
-            changes no class.
+    Numbers outside SCL's classes become 0, not observed. An error `veiled` makes clear ground
+    `VEILED`, and `no cirrus` makes cirrus bare ground.
     """
     scl = np.where(scl <= _LAST_CLASS, scl, np.uint8(_NODATA))
     if error == "veiled":
@@ -87,58 +83,31 @@ def correct_classes(scl: UInt8, error: str | None) -> UInt8:
     return scl
 
 
-def classify(
-    scl: UInt8,
-    recipe: Recipe,
-    months: Sequence[int],
-    seasons: Sequence[int],
-    opinion: UInt8 | None = None,
-) -> UInt8:
+def classify(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[int]) -> UInt8:
     """Classify each observation: an index into `QUALITY`, 0 = not observed, 255 = unusable.
 
-    Args:
-        scl: uint8 [day, y, x] scene classification, 0 = not observed.
-        recipe: Mask rules and bright override.
-        months: Calendar month of each day.
-        seasons: Kind of each day's clear observations: 1 in the recipe's months, or a fallback (see
-            `daymasks.season_of`).
-        opinion: uint8 [day, y, x], classes of a second mask, 0 = clear.
-
-    Returns:
-        uint8 [day, y, x].
+    `scl` is uint8 [day, y, x], 0 = not observed, and the result has the same shape. `months` has
+    the calendar month of each day. `seasons` has the kind of each day's clear observations: 1 in
+    the recipe's months, or a fallback (see `daymasks.season_of`).
     """
     days = len(scl)
     bright: Sequence[Bool | None] | Bool = [None] * days
     if recipe.bright_override:
         bright = find_bright_ground(scl, recipe.bright_override)
-    opinions: Sequence[UInt8 | None] | UInt8 = [None] * days
-    if opinion is not None:
-        opinions = opinion
     kinds = np.empty_like(scl)
     for day, layer in enumerate(scl):  # day by day, to need no memory beyond the result
-        kinds[day] = classify_day(
-            layer, bright[day], recipe, months[day], seasons[day], opinions[day]
-        )
+        kinds[day] = classify_day(layer, bright[day], recipe, months[day], seasons[day])
     return kinds
 
 
 def classify_day(
-    layer: UInt8,
-    bright: Bool | None,
-    recipe: Recipe,
-    month: int,
-    season: int,
-    opinion: UInt8 | None,
+    layer: UInt8, bright: Bool | None, recipe: Recipe, month: int, season: int
 ) -> UInt8:
     """Classify the observations of one day: uint8 [y, x], as `classify` returns them.
 
-    Args:
-        layer: uint8 [y, x] scene classification, 0 = not observed.
-        bright: bool [y, x], bright ground called cloud by SCL; None without a bright override.
-        recipe: Mask rules.
-        month: Calendar month of the day.
-        season: Kind of the day's clear observations.
-        opinion: uint8 [y, x], classes of a second mask, 0 = clear.
+    `layer` is the scene classification, uint8 [y, x], 0 = not observed. `bright` marks bright
+    ground called cloud by SCL, bool [y, x]; None without a bright override. `season` is the kind of
+    the day's clear observations.
     """
     observed = layer != _NODATA
     hidden = layer == VEILED
@@ -151,12 +120,6 @@ def classify_day(
             flagged &= ~bright
         hidden |= flagged
         grown |= grow(flagged, rule)
-    if opinion is not None and recipe.second_opinion:
-        flagged = _is_one_of(opinion, recipe.second_opinion.classes)
-        if bright is not None:
-            flagged &= ~bright
-        hidden |= flagged
-        grown |= dilate(flagged, recipe.second_opinion.dilate_m)
     if season == CLEAR:
         kinds: UInt8 = np.full_like(layer, FALLBACKS["ungrown"])
         np.copyto(kinds, FALLBACKS["thin"], where=hidden)
@@ -256,13 +219,8 @@ def _weigh_evidence(cloudy: Int32, counted: Int32, rule: BrightOverride) -> tupl
     flagged with the share of its surroundings on the date. Values are rounded integers in units of
     1 / `_PER_UNIT`, so sums are exact.
 
-    Args:
-        cloudy: Flagged pixels in the surroundings, int32 [y, x].
-        counted: Observed pixels in the surroundings.
-        rule: The bright override.
-
-    Returns:
-        Evidence at flagged pixels and at unflagged pixels, int32 [y, x] each.
+    `cloudy` and `counted` are the flagged and the observed pixels in the surroundings, int32
+    arrays. The results are the evidence at flagged pixels and at unflagged pixels.
     """
     highest_chance = max(rule.around, _LEAST_CHANCE)
     chance = np.clip(cloudy / np.maximum(counted, 1), _LEAST_CHANCE, highest_chance)
@@ -276,11 +234,8 @@ def choose_observations(kind: UInt8, recipe: Recipe) -> tuple[Bool, UInt8]:
     """Choose the observations of each pixel: clear ones, and fallbacks if these are too few.
 
     Thin cloud and cloud are used only at pixels without other observations. Other fallbacks are
-    used at pixels with fewer than `min_clear` observations.
-
-    Args:
-        kind: uint8 [day, y, x], as `classify` returns it.
-        recipe: Its `fallback` and `min_clear`.
+    used at pixels with fewer than `min_clear` observations. `kind` is uint8 [day, y, x], as
+    `classify` returns it.
 
     Returns:
         use: bool [day, y, x].
@@ -432,8 +387,7 @@ def _erode_coverage(scl: UInt8) -> Bool:
     has_data: Bool = scl != _NODATA
     if has_data.all():
         return has_data
-    inside: Bool = np.logical_not(_flag_along(_flag_along(~has_data, 0, -1, 1), 1, -1, 1))
-    return inside
+    return np.logical_not(_flag_along(_flag_along(~has_data, 0, -1, 1), 1, -1, 1))
 
 
 def _flag_along(flags: Bool, axis: int, start: int, last: int) -> Bool:
@@ -490,8 +444,7 @@ def _sum_cells(flags: Bool) -> Int32:
     """Count the flagged pixels in each cell of side `_CELL`; the last cells may be cut."""
     height, width = flags.shape
     rows = np.add.reduceat(flags, np.arange(0, height, _CELL), axis=0, dtype=np.int32)
-    sums: Int32 = np.add.reduceat(rows, np.arange(0, width, _CELL), axis=1)
-    return sums
+    return np.add.reduceat(rows, np.arange(0, width, _CELL), axis=1)
 
 
 def _repeat_cells(cells: AnyArray, shape: tuple[int, ...]) -> AnyArray:

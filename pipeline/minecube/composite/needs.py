@@ -18,8 +18,6 @@ MASK_M = 20
 """Pixel size of masks: the mission's size of SCL."""
 AHEAD = 2
 """Bands of 10 m, or as many bytes of coarser bands, read ahead of the next one."""
-OPINION_BANDS = ("B03", "B04", "B08")
-_OPINION_M = 480  # reach of a network around a pixel
 _STEP_M = 240  # unit of margins: a multiple of 60 m and of the 80 m cells of the bright override
 
 
@@ -94,8 +92,6 @@ def compute_margins(recipe: Recipe) -> tuple[int, int]:
     margin += max((rule.dilate_m + rule.open_m for rule in recipe.mask), default=0)
     if recipe.best_pixel:
         margin += recipe.best_pixel.cloud_distance_m
-    if recipe.second_opinion:
-        margin += recipe.second_opinion.dilate_m + _OPINION_M
     if recipe.bright_override:
         margin += 2 * recipe.bright_override.window_m + 8 * MASK_M
     return fringe, _round_up(margin, _STEP_M)
@@ -123,7 +119,7 @@ def estimate_memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) 
     days = len({s.properties["minecube:datatake"] for s in scenes})
     with_margin = math.prod(coarsen(pad(box, margin), MASK_M).shape)
     with_fringe = math.prod(coarsen(pad(box, fringe), MASK_M).shape)
-    bytes_per_day = 12 + 24 * bool(recipe.second_opinion) + 4 * bool(recipe.best_pixel)
+    bytes_per_day = 12 + 4 * bool(recipe.best_pixel)
     of_masks: int = len(scenes) * with_margin + days * with_margin * bytes_per_day
     of_masks += days * with_fringe * 12 * bool(recipe.haze)
     days_read = days

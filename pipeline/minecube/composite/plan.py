@@ -171,9 +171,8 @@ def describe_duration(estimate: Estimate, seconds: float) -> dict[str, float]:
 def measure_pace(notes: Iterable[Mapping[str, float]], terms: Terms) -> float | None:
     """Compute the ratio of real to estimated time over earlier builds; None without builds.
 
-    Args:
-        notes: The result of `describe_duration` for each build.
-        terms: Terms of the machine for these builds and the next one.
+    `notes` come from `describe_duration`, one per build. The terms are those of the machine for
+    these builds and the next one.
     """
     names = {f.name for f in fields(Estimate)}
     seconds = 0.0

@@ -23,12 +23,9 @@ _TILE = 32768  # pixels, few enough for the caches
 
 
 def median(observed: UInt16) -> UInt16:
-    """Compute the median of observed values: uint16 [y, x], 0 = not observed.
+    """Compute the median over days of uint16 [day, y, x]: uint16 [y, x]. 0 = not observed.
 
     Halves are rounded to even.
-
-    Args:
-        observed: Array uint16 [day, y, x], 0 = not observed.
     """
     ranks = (np.arange(len(observed) + 1) - 1) // 2
     medians = np.zeros(observed.shape[1:], dtype=np.uint16)
@@ -44,11 +41,9 @@ def median(observed: UInt16) -> UInt16:
 
 
 def lower_quartile(values: Int32, valid: Bool) -> Int32:
-    """Select the value at rank (n - 1) // 4 of the n valid values: int32 [y, x], 0 = none valid.
+    """Select the value of rank (n - 1) // 4 of the n valid values: int32 [y, x], 0 = none valid.
 
-    Args:
-        values: Array int32 [day, y, x].
-        valid: Flags bool [day, y, x].
+    Values and flags are [day, y, x].
     """
     quartiles = np.zeros(values.shape[1:], dtype=np.int32)
     ranks = np.maximum(np.arange(len(values) + 1) - 1, 0) // 4
@@ -87,9 +82,8 @@ def median_of_observed(values: AnyArray, observed: Bool) -> Float32:
 def _build_network(size: int, ranks: tuple[int, ...]) -> tuple[tuple[int, int, bool, bool], ...]:
     """Build Batcher's odd-even merge sort of `size` rows, reduced to the comparisons for ranks.
 
-    Returns:
-        Pairs of rows. The first row takes the minimum. Two flags mark if the minimum and if the
-        maximum is needed.
+    The result is pairs of rows. The first row takes the minimum. Two flags mark if the minimum and
+    if the maximum is needed.
     """
     pairs: list[tuple[int, int]] = []
     run = 1

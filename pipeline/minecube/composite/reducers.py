@@ -72,9 +72,6 @@ def geomedian(stack: UInt16) -> Geomedian:
     (2000, PNAS 97) leaves an observation reached by the search. Each step leaps ahead along the
     last two steps (Anderson acceleration of depth one), unless the sum of distances rose. With two
     observations, any point between them is a geomedian; the result is their middle.
-
-    Args:
-        stack: Array uint16 [band, day, y, x], 0 = not observed, in all bands or in none.
     """
     bands, days, *shape = stack.shape
     flat = stack.reshape(bands, days, math.prod(shape))
@@ -101,9 +98,7 @@ def geomedian(stack: UInt16) -> Geomedian:
 def choose_best_day(score: Float32, observed: Bool) -> Int16:
     """Choose the day of highest score: int16 [y, x], the earliest of equal days, -1 = not observed.
 
-    Args:
-        score: Array float32 [day, y, x], finite at observations.
-        observed: Flags bool [day, y, x].
+    Scores are [day, y, x], finite at observations.
     """
     index = np.full(score.shape[1:], -1, dtype=np.int16)
     highest = np.full(index.shape, -np.inf, dtype=np.float32)
@@ -126,12 +121,9 @@ def score_days(
     After Griffiths et al. 2013 (IEEE JSTARS 6) and White et al. 2014 (Canadian Journal of Remote
     Sensing 40).
 
-    Args:
-        day_of_year: Day of the year of each day, 1..366.
-        cloud_distance_m: Metres to the day's nearest cloud or shadow, float32 [day, y, x].
-        opacity: Excess of haze in reflectance, float32 [day, y, x].
-        sharpness: Result of `measure_sharpness`, float32 [day, y, x].
-        rule: The best day, and the limit and weight of each part.
+    `day_of_year` is that of each day, 1..366. The arrays are float32 [day, y, x]: metres to the
+    day's nearest cloud or shadow, excess of haze in reflectance, and the result of
+    `measure_sharpness`.
     """
     gap = np.abs(day_of_year.astype(np.float64) - rule.day)
     gap = np.minimum(gap, YEAR_DAYS - gap)
@@ -153,9 +145,6 @@ def measure_sharpness(band: UInt16) -> Float32:
     pixel has a Laplacian if it and its four neighbours are observed. So the measure depends on
     pixels up to three pixels away. Pixels beyond the image count as unobserved. If no date has
     detail, all observations get 1.
-
-    Args:
-        band: Array uint16 [day, y, x], 0 = not observed.
     """
     sharp = np.zeros(band.shape, dtype=np.float32)
     for day_band, detail in zip(band, sharp, strict=True):
@@ -180,12 +169,7 @@ def measure_sharpness(band: UInt16) -> Float32:
 
 
 def take_day(observed: UInt16, index: Int16) -> UInt16:
-    """Take the value of the indexed day: uint16 [y, x], 0 at index -1.
-
-    Args:
-        observed: Array uint16 [day, y, x], 0 = not observed.
-        index: Array int16 [y, x], -1 = none.
-    """
+    """Take the value of the indexed day of [day, y, x]: uint16 [y, x], 0 at index -1."""
     if not len(observed):
         return np.zeros(index.shape, dtype=np.uint16)
     values = np.take_along_axis(observed, np.maximum(index, 0)[None], axis=0)[0]
@@ -370,8 +354,7 @@ def _squared_distance(spectra: Float32, centre: Float32) -> Float32:
 
 def _dot(a: Float32, b: Float32) -> Float32:
     """Compute the inner product over bands, in their order: float32 [pixel]."""
-    product: Float32 = functools.reduce(np.add, a * b)
-    return product
+    return functools.reduce(np.add, a * b)
 
 
 def _sum_5x5(values: Int32) -> Int32:

@@ -112,28 +112,27 @@ def measure_shifts(
     """
     bands = [band for band in _BANDS if all(band in scene.assets for scene in scenes)]
     if not scenes or not bands:
-        return [_make_shift(scene, None, None, 0) for scene in scenes]
+        return [
+            Shift(scene=scene.id, dx_m=None, dy_m=None, peak=None, pixels=0) for scene in scenes
+        ]
     band, size_m = _choose_finest_band(scenes, bands)
     edges = _read_edges(scenes, band, coarsen(_crop_to_middle(grid), size_m), ledger)
     moves_px, peaks = compare(edges)
     rows = zip(scenes, edges, moves_px * size_m, peaks.tolist(), strict=True)
     return [
-        _make_shift(scene, move_m, peak, int(np.count_nonzero(scene_edges)))
+        Shift(
+            scene=scene.id,
+            dx_m=_none_if_nan(move_m[0]),
+            dy_m=_none_if_nan(move_m[1]),
+            peak=_none_if_nan(peak),
+            pixels=int(np.count_nonzero(scene_edges)),
+        )
         for scene, scene_edges, move_m, peak in rows
     ]
 
 
-def _make_shift(
-    scene: pystac.Item, move_m: Float64 | None, peak: float | None, pixels: int
-) -> Shift:
-    """Build a shift from metres to the east and north and the peak. NaN becomes None."""
-    east: float | None = None
-    north: float | None = None
-    if move_m is not None and not np.isnan(move_m[0]):
-        east, north = move_m.tolist()
-    if peak is not None and math.isnan(peak):
-        peak = None
-    return Shift(scene=scene.id, dx_m=east, dy_m=north, peak=peak, pixels=pixels)
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
 
 
 def apply_registration(
@@ -184,12 +183,9 @@ def _round(value: float | None, digits: int) -> float | None:
 def compare(edges: Sequence[Complex64]) -> tuple[Float64, Float64]:
     """Measure the shifts of all scenes by the module's method.
 
-    Args:
-        edges: Edges of each scene from `edges_of`, all of one shape.
-
-    Returns:
-        float64 [scene, 2], pixels east and north, NaN = unknown.
-        float64 [scene], distinctness of the peak, 0..1, NaN = not compared.
+    `edges` are those of each scene by `edges_of`, all of one shape. The results are pixels east and
+    north, float64 [scene, 2], NaN = unknown. Then the distinctness of the peak, float64 [scene],
+    0..1, NaN = not compared.
     """
     counts = np.array([np.count_nonzero(scene_edges) for scene_edges in edges])
     order = [n for n in np.argsort(-counts, kind="stable").tolist() if counts[n] >= _LEAST]
@@ -243,10 +239,7 @@ def edges_of(pixels: UInt16, clear: Bool) -> Complex64:
     north, east = np.gradient(ndimage.gaussian_filter(pixels.astype(np.float32), _SMOOTH))
     power = north**2 + east**2
     strong = np.quantile(power[inside], _STRONG) + np.float32(1e-6)
-    edges: Complex64 = np.where(inside, (east + 1j * north) ** 2 / (power + strong), 0).astype(
-        np.complex64
-    )
-    return edges
+    return np.where(inside, (east + 1j * north) ** 2 / (power + strong), 0).astype(np.complex64)
 
 
 class Mean:
@@ -279,8 +272,7 @@ class Mean:
         """Return the mean edges, complex64 [y, x], 0 = none."""
         is_enough = self.count > 0.5  # at least half a pixel, after bilinear weights
         mean = self.sum / np.maximum(self.count, np.float32(0.5))
-        edges: Complex64 = np.where(is_enough, mean, 0)
-        return edges
+        return np.where(is_enough, mean, 0)
 
 
 def _split_shift(shift: float) -> tuple[tuple[int, float], tuple[int, float]]:
@@ -402,8 +394,7 @@ def _crop_to_middle(grid: GeoBox) -> GeoBox:
         slice(start, min(start + _WINDOW, side))
         for start, side in zip(starts, grid.shape, strict=True)
     )
-    middle: GeoBox = grid[rows, columns]
-    return middle
+    return grid[rows, columns]
 
 
 def _read_edges(

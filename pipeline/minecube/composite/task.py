@@ -8,25 +8,13 @@ from dataclasses import dataclass
 import pystac
 from odc.geo.geobox import GeoBox
 
-from minecube.arrays import UInt8, UInt16
+from minecube.arrays import UInt16
 from minecube.catalog import Recipe
-from minecube.composite import reducers
 from minecube.composite.reducers import Geomedian
 from minecube.reader import Ledger
 
-Opinion = Callable[[UInt16], UInt8]
-"""A second mask of one date: B03, B04, B08, uint16 [3, y, x] at 10 m, x 10000 -> classes uint8
-[y, x], 0 = clear."""
-
-
-@dataclass(frozen=True)
-class Tools:
-    """Replacements for the defaults: a geomedian on a GPU, and a cloud network."""
-
-    geomedian: Callable[[UInt16], Geomedian] = reducers.geomedian
-    """Computes `reducers.geomedian`."""
-    opinion: Opinion | None = None
-    """A second mask, if the recipe asks for one."""
+GeomedianFunction = Callable[[UInt16], Geomedian]
+"""`reducers.geomedian`, or the same on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +28,6 @@ class BlockTask:
     recipe: Recipe
     year: int
     """Year of the composite."""
-    tools: Tools
+    geomedian: GeomedianFunction
     ledger: Ledger | None
     """Counts the reads."""

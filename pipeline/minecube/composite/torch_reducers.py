@@ -32,10 +32,7 @@ _Search = tuple[Tensor, Tensor, Tensor]
 
 
 class TorchGeomedian:
-    """`reducers.geomedian` on a device.
-
-    Args:
-        device: cuda, cuda:1, cpu, ...
+    """`reducers.geomedian` on a device: cuda, cuda:1, cpu, ...
 
     Raises:
         ModelError: Torch does not know the device, or finds no such GPU.

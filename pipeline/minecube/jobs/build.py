@@ -18,7 +18,7 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
-from minecube.composite import Tools, composite, plan, registration
+from minecube.composite import GeomedianFunction, composite, plan, reducers, registration
 from minecube.errors import (
     CatalogError,
     LostReadError,
@@ -56,8 +56,8 @@ class BuildJob:
     """Whether to replace builds from other scenes or with lost reads."""
     at_once: int = 1
     """Number of simultaneous site-years on this machine."""
-    tools: Tools = field(default_factory=Tools)
-    """Reducers and second mask for the blocks."""
+    geomedian: GeomedianFunction = reducers.geomedian
+    """The geomedian for recipes that use it."""
 
     @property
     def lossy(self) -> bool:
@@ -179,34 +179,20 @@ def choose_scenes(
     return listed, selected
 
 
-def load_tools(recipe: Recipe, device: str, catalog: Path | None) -> Tools:
-    """Load the geomedian for the device (cpu, or a GPU such as cuda), and the recipe's second mask.
-
-    Weights of the mask are relative to the folder `catalog`.
+def load_geomedian(device: str) -> GeomedianFunction:
+    """Load the geomedian for a device: cpu, or a GPU such as cuda.
 
     Raises:
-        CatalogError: a package is missing. The message names the extra to install.
-        ModelError: the device is missing, or weights cannot be loaded.
+        CatalogError: PyTorch is missing. The message names the extra to install.
+        ModelError: the device is missing.
     """
-    tools = Tools()
-    if device != "cpu":
-        try:
-            from minecube.composite.torch_reducers import TorchGeomedian  # an extra, for GPUs only
-        except ModuleNotFoundError as error:
-            raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
-        tools = replace(tools, geomedian=TorchGeomedian(device))
-    if recipe.second_opinion:
-        try:
-            from minecube.composite.opinion import OmniCloudMask
-        except ModuleNotFoundError as error:
-            raise CatalogError(
-                f"recipe {recipe.id!r} asks for a second opinion on clouds, "
-                "which needs a package more: pip install 'minecube[clouds]'"
-            ) from error
-        folder = catalog or Path()
-        weights = [str(folder / name) for name in recipe.second_opinion.weights]
-        tools = replace(tools, opinion=OmniCloudMask(weights, device))
-    return tools
+    if device == "cpu":
+        return reducers.geomedian
+    try:
+        from minecube.composite.torch_reducers import TorchGeomedian  # an extra, for GPUs only
+    except ModuleNotFoundError as error:
+        raise CatalogError("--device needs PyTorch: pip install 'minecube[torch]'") from error
+    return TorchGeomedian(device)
 
 
 def build_year(
@@ -308,7 +294,7 @@ def _composite_year(
     )
     is_new = cube.write_year(
         job.store,
-        composite(usable, task.grid, job.recipe, ledger, year=task.year, tools=job.tools),
+        composite(usable, task.grid, job.recipe, ledger, year=task.year, geomedian=job.geomedian),
         notes,
         snapshot.to_bytes(usable),
         options,

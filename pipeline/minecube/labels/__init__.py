@@ -1,14 +1,14 @@
 """Convert polygons of mines to masks on the site's grid, and masks back to polygons.
 
-    read_polygons(path, layer)          -> GeoDataFrame           valid, with years; repairs logged
-    match_sites(polygons, sites, path)  -> GeoDataFrame           sites renamed to catalogue ids
-    survey(path)                        -> Survey                 further repairs, and findings
-    compare({mapper: polygons}, grids)  -> DataFrame              areas and IoU of pairs of mappers
-    rasterize(polygons, grid, years)    -> DataArray[year, y, x]  1 mine, 0 not, 255 unknown
-    covered(polygons, grid, years)      -> DataArray[year, y, x]  share under a polygon x 250
-    vectorize(footprint, grid, site)    -> GeoDataFrame           outlines along pixel edges
-    identify(polygons)                  -> GeoDataFrame           ids of pits through the years
-    simplify(polygons, pixel_m)         -> GeoDataFrame           fewer corners, the same area
+    read_polygons(path, layer)                -> GeoDataFrame      valid, with years
+    match_sites(polygons, sites, path)        -> GeoDataFrame      sites renamed to catalogue ids
+    repair_polygons(path)                     -> RepairedPolygons  further repairs, and findings
+    compare_mappers({name: polygons}, grids)  -> DataFrame         areas and IoU of pairs of mappers
+    rasterize(polygons, grid, years)          -> DataArray         1 mine, 0 not, 255 unknown
+    rasterize_fraction(polygons, grid, years) -> DataArray         share under a polygon x 250
+    vectorize(footprint, grid, site)          -> GeoDataFrame      outlines along pixel edges
+    assign_ids(polygons)                      -> GeoDataFrame      ids of pits through the years
+    simplify_outlines(polygons, pixel_m)      -> GeoDataFrame      fewer corners, the same area
 
     polygons.py   read files, repair shapes    masks.py     polygons to pixels and back
     dates.py      years in texts and numbers   outlines.py  identify, simplify

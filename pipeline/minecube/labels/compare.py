@@ -49,12 +49,8 @@ def compare_mappers(
     null if both mappers' polygons have no years. Sites and years mapped by one of the two are left
     out. They cannot show agreement.
 
-    Args:
-        mappers: name -> polygons from `read_polygons`. Rows without a `site` count at all grids.
-        grids: site -> grid.
-
-    Returns:
-        Table with COLUMNS. Rows with site "pooled" are ratios of sums.
+    The columns of the table are COLUMNS. Its rows with site "pooled" are ratios of sums. Rows of
+    polygons without a `site` count at all grids.
     """
     records: list[dict[str, Any]] = []
     for mapper, other in combinations(mappers, 2):

@@ -182,8 +182,7 @@ def compute_pixel_shares(shape: shapely.Geometry, grid: GeoBox) -> Float64:
         height * (width + 1),
     )
     sums = np.cumsum(gains.reshape(height, width + 1), axis=1)[:, :width]
-    share: Float64 = np.minimum(np.abs(sums), 1)
-    return share
+    return np.minimum(np.abs(sums), 1)
 
 
 def _cut(start: Float64, end: Float64, axis: int) -> tuple[Float64, Float64]:
@@ -201,8 +200,7 @@ def _cut(start: Float64, end: Float64, axis: int) -> tuple[Float64, Float64]:
         line = np.where(length > 0, low[edge] + number, high[edge] - number)
         inner = (line - start[edge, axis]) / length
         position = np.where(number == 0, 0, np.where(number == counts[edge], 1, inner))
-        points: Float64 = start[edge] + position[:, None] * vector
-        return points
+        return start[edge] + position[:, None] * vector
 
     return locate_cuts(piece), locate_cuts(piece + 1)
 
@@ -248,12 +246,9 @@ def vectorize(
     `area_m2` is in `grid.equal_area_crs`, up to 0.1 % off 100 m2 per pixel because of UTM's scale.
     The table may be empty.
 
-    Args:
-        footprint: (year, y, x), 1 mine. 0 and 255 are not drawn.
-        grid: the footprint's grid.
-        site: the name for column `site`.
-        min_area_m2: the minimum mapping unit. Smaller holes are filled first, including their
-            contents. Then smaller regions are left out.
+    `footprint` is (year, y, x), 1 mine; 0 and 255 are not drawn. `min_area_m2` is the minimum
+    mapping unit. Smaller holes are filled first, including their contents. Then smaller regions are
+    left out.
 
     Raises:
         LabelError: the footprint has other dimensions or another shape than the grid, or the

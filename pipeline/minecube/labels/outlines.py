@@ -167,9 +167,7 @@ def simplify_outlines(polygons: gpd.GeoDataFrame, pixel_m: float) -> gpd.GeoData
     lost, or two polygons overlap. If none works, the outline stays unchanged. `area_m2` remains the
     area of the pixels.
 
-    Args:
-        polygons: as from `vectorize`, with columns site, year, geometry along the edges of pixels.
-        pixel_m: the side of a pixel.
+    The polygons are those of `vectorize`, with outlines along the edges of pixels.
     """
     shapes = polygons.geometry.to_numpy().copy()
     for _, rows in polygons.reset_index(drop=True).groupby(["site", "year"], sort=True):

@@ -34,7 +34,8 @@ def place_on_grid(
         lonlat = _to_lonlat(polygons)
         placed = polygons
     else:
-        segmentized = polygons.set_geometry(polygons.segmentize(_longest_edge(polygons.crs)))
+        longest_edge = _EDGE_DEG if polygons.crs.is_geographic else _EDGE_M
+        segmentized = polygons.set_geometry(polygons.segmentize(longest_edge))
         lonlat = _to_lonlat(segmentized)
         # Shapes far away have no place in this projection, so cut in degrees.
         clipped = lonlat.intersection(shapely.box(*extent_lonlat.total_bounds))
@@ -45,12 +46,6 @@ def place_on_grid(
         distance = _describe_distance(lonlat, extent_lonlat.iloc[0].centroid)
         raise LabelError(distance + describe_mistakes(mistakes))
     return on_extent
-
-
-def _longest_edge(crs: CRS) -> float:
-    if crs.is_geographic:
-        return _EDGE_DEG
-    return _EDGE_M
 
 
 def _to_lonlat(polygons: gpd.GeoDataFrame) -> gpd.GeoSeries:

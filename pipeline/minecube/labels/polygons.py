@@ -57,10 +57,6 @@ def read_polygons(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     collections, and of unused columns with likely years. The index is the row in the file, from 0.
     GeoJSON without `crs` is longitude and latitude (RFC 7946).
 
-    Args:
-        path: the file.
-        layer: the layer to read, as in `minecube.vectors.read_vector`.
-
     Raises:
         LabelError: the file is unreadable, empty or without CRS. Or coordinates cannot be degrees,
             or there are other geometries than polygons. Or a year is no calendar year, a row has

@@ -103,12 +103,8 @@ class _Findings:
     ) -> None:
         """Add a finding for each row.
 
-        Args:
-            finding: its name.
-            rows: the affected rows.
-            action: what was done.
-            details: one text per row, or one for all rows.
-            areas: the affected area of each row in m2. Default: the area of the row.
+        `details` has one text per row, or is one for all rows. `areas` are the affected areas in
+        m2, by default those of the rows.
         """
         if areas is None:
             areas = _compute_areas(rows.geometry, rows.crs)
@@ -131,12 +127,7 @@ class _Findings:
     ) -> None:
         """Add a finding for each row with pieces: their number and total area.
 
-        Args:
-            finding: its name.
-            table: all rows.
-            pieces: polygons.
-            rows: the position in `table` of each piece's row.
-            action: what was done.
+        `rows` is the position in the table of each piece's row.
         """
         affected, counts = np.unique(rows, return_counts=True)
         areas = np.bincount(rows, _compute_areas(pieces, table.crs), len(table))
@@ -267,10 +258,8 @@ def _describe_years(first_year: float, last_year: float) -> str:
 
 def _compute_areas(shapes: Any, crs: CRS) -> Float64:
     """Compute areas in m2."""
-    edge: float = _EDGE_M
     series = gpd.GeoSeries(list(shapes), crs=crs)
-    if series.crs.is_geographic:
-        edge = _EDGE_DEG
+    edge = _EDGE_DEG if series.crs.is_geographic else _EDGE_M
     projected = series.segmentize(edge).to_crs(_EQUAL_AREA)
     areas: Float64 = np.nan_to_num(projected.area.to_numpy(np.float64))
     return areas

@@ -9,7 +9,7 @@ from minecube.codes import UNKNOWN
 
 
 def make_baselines(truth: UInt8) -> dict[str, UInt8]:
-    """Make trivial predictions from the truth, as name -> (year, y, x) for `count`.
+    """Make trivial predictions from the truth (year, y, x), as name -> (year, y, x) for `count`.
 
     Values are 1 mine, 0 not, 255 unknown.
 
@@ -18,9 +18,6 @@ def make_baselines(truth: UInt8) -> dict[str, UInt8]:
     - "always mine": a mine everywhere. It scores 0 in the same three.
     - "last year's map": the truth of the year listed before, unknown in the first. It is hard to
       beat except in change. Truth is mostly unchanged, but this map sees each change a year late.
-
-    Args:
-        truth: (year, y, x): 1 mine, 0 not, 255 unknown.
     """
     earliest = np.full_like(truth[0], UNKNOWN)
     for footprint in truth:

@@ -25,15 +25,10 @@ _DISC = sorted(
 
 
 def count_boundaries(pred: UInt8, truth: UInt8, core: tuple[range, range]) -> Int64:
-    """Count the boundary pixels in the core, as the last four fields of `YearCounts`.
+    """Count the core's boundary pixels (year, 4), as the last four fields of `YearCounts`.
 
-    Args:
-        pred: Shape (year, y, x): 1 mine, 0 not, 255 unknown.
-        truth: Same layout as pred.
-        core: Rows and columns to count. Boundaries in the other pixels may be close to them.
-
-    Returns:
-        Counts of shape (year, 4).
+    Arrays are (year, y, x): 1 mine, 0 not, 255 unknown. Boundaries outside the core's rows and
+    columns may be close to those in it.
     """
     rows, columns = core
     framed_shape = [size + 2 * BOUNDARY_PX for size in truth.shape[1:]]

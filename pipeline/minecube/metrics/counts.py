@@ -185,11 +185,7 @@ class Counts:
 
     @classmethod
     def of_json(cls, content: Mapping[str, Any]) -> Counts:
-        """Read the counts from JSON.
-
-        Raises:
-            ModelError: the content differs from the output of this version's `to_json`.
-        """
+        """Read the counts from JSON; raise ModelError for other content than that of `to_json`."""
         try:
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']}, expected {VERSION}")

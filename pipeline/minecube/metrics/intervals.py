@@ -31,11 +31,6 @@ def estimate_intervals(
 
     The same seed gives the same interval.
 
-    Args:
-        sites: Counts by site.
-        resamples: Number of resamples.
-        seed: Seed of the draws.
-
     Raises:
         ModelError: there is no site.
     """
@@ -43,11 +38,7 @@ def estimate_intervals(
 
 
 def estimate_difference(
-    minuend: Mapping[str, Counts],
-    subtrahend: Mapping[str, Counts],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    minuend: Mapping[str, Counts], subtrahend: Mapping[str, Counts]
 ) -> pd.DataFrame:
     """Compute how much higher the first pooled scores are than the second, with intervals.
 
@@ -64,24 +55,20 @@ def estimate_difference(
             "one of them alone"
         )
     for site in sorted(minuend):
-        _check_same_pairs(site, minuend[site], subtrahend[site])
-    return _estimate([minuend, subtrahend], lambda scores: scores[0] - scores[1], resamples, seed)
-
-
-def _check_same_pairs(site: str, minuend: Counts, subtrahend: Counts) -> None:
-    if set(minuend.pairs) != set(subtrahend.pairs):
-        raise ModelError(
-            f"{site} is scored over {len(minuend.pairs)} and {len(subtrahend.pairs)} pairs of "
-            "years, not the same ones, and change over longer gaps is easier; map the same pairs "
-            "by both, or score them one by one"
-        )
+        if set(minuend[site].pairs) != set(subtrahend[site].pairs):
+            raise ModelError(
+                f"{site} is scored over {len(minuend[site].pairs)} and "
+                f"{len(subtrahend[site].pairs)} pairs of years, not the same ones, and change over "
+                "longer gaps is easier; map the same pairs by both, or score them one by one"
+            )
+    return _estimate([minuend, subtrahend], lambda scores: scores[0] - scores[1])
 
 
 def _estimate(
     models: Sequence[Mapping[str, Counts]],
     combine: Callable[[list[Float64]], Float64],
-    resamples: int,
-    seed: int,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Combine the pooled scores of one or two models over the same resampled sites."""
     if not all(models):

@@ -9,7 +9,7 @@ from torch.nn import functional
 from minecube.catalog import ModelCard
 from minecube.errors import ModelError
 from minecube.models.blocks import InvertedResidual, convolution, enlarge
-from minecube.models.options import options_of
+from minecube.models.options import build_with_options
 
 _MOBILENET = (
     (1, 16, 1, 1),
@@ -40,7 +40,7 @@ def a2net(card: ModelCard) -> nn.Module:
             "A2Net sees only how far two dates are apart, not which is the earlier, so it cannot "
             "tell new from removed: take another architecture"
         )
-    return A2Net(len(card.bands), len(card.classes), **options_of(card, width=64, encoder=1.0))
+    return build_with_options(card, A2Net)
 
 
 class A2Net(nn.Module):

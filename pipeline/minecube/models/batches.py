@@ -11,7 +11,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, TypeVar
@@ -19,26 +18,16 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from minecube.arrays import Int64
 from minecube.errors import ModelError
 from minecube.models.forward import Forward
 from minecube.models.layout import add_window, are_finite, weight_logits
-from minecube.models.streams import Strip, upload
+from minecube.models.streams import Strip
 
 T = TypeVar("T")
 _LEAST_GAIN = 1.05  # minimum speed-up of a doubled batch
 _LARGEST_BATCH = 1024  # windows
 
 log = logging.getLogger(__name__)
-
-
-def sum_on_gpu(
-    forward: Forward, strips: Iterator[Strip[T]], ramp: Int64
-) -> Iterator[tuple[T, Tensor, Tensor]]:
-    """Compute `mapping.sum_rows` in batches, starting with the last site's batch size, if any."""
-    weights = torch.from_numpy(ramp).to(forward.device)
-    with closing(upload(strips, forward.device)) as uploaded:
-        yield from sum_in_batches(forward, uploaded, weights)
 
 
 @dataclass
@@ -58,8 +47,8 @@ def sum_in_batches(
 ) -> Iterator[tuple[T, Tensor, Tensor]]:
     """Compute `mapping.sum_rows` in batches across rows, in the same way on any device.
 
-    The batch size is `forward.group`. It is found at the first window, and halved if it does not
-    fit into memory.
+    The batch size is `forward.group`, that of the last site. Without one it is found at the first
+    window. It is halved if it does not fit into memory.
     """
     rows: deque[_Row[T]] = deque()
     windows: deque[tuple[_Row[T], int]] = deque()

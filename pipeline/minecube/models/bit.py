@@ -6,18 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minecube.catalog import ModelCard
 from minecube.models.blocks import ResNet, attend, convolution, siamese
-from minecube.models.options import options_of
 
-
-def bit(card: ModelCard) -> nn.Module:
-    """Build BIT from a card.
-
-    Options: `width` (channels of the ResNet-18's first stage, 64), `depth` (of the decoder, 8) and
-    `head` (size of a decoder head, 8).
-    """
-    return BIT(len(card.bands), len(card.classes), **options_of(card, width=64, depth=8, head=8))
+_HEADS = 8
 
 
 class BIT(nn.Module):
@@ -28,20 +19,17 @@ class BIT(nn.Module):
     There are 32 channels, 4 tokens per date and 8 heads. Attention is scaled by the head size, as
     in the paper's formula. The authors' code scales by the channels. Unlike there, each class has
     one logit without softmax, and weights start at random.
+
+    Options: `width` (channels of the ResNet-18's first stage), `depth` (of the decoder) and `head`
+    (size of a decoder head).
     """
 
     def __init__(
-        self,
-        bands: int,
-        classes: int,
-        *,
-        width: int = 64,
-        depth: int = 8,
-        head: int = 8,
-        tokens: int = 4,
+        self, bands: int, classes: int, *, width: int = 64, depth: int = 8, head: int = 8
     ) -> None:
         super().__init__()
         channels = 32
+        tokens = 4
         self.encoder = ResNet(bands, width, (2, 2, 2), strides=(1, 2, 1))
         self.reduce = nn.Conv2d(4 * width, channels, 3, padding=1)
         self.tokenise = nn.Conv2d(channels, tokens, 1, bias=False)
@@ -83,15 +71,14 @@ class _Layer(nn.Module):
     Each follows a normalisation and has a shortcut.
     """
 
-    def __init__(self, channels: int, head: int, heads: int = 8) -> None:
+    def __init__(self, channels: int, head: int) -> None:
         super().__init__()
-        self.heads = heads
         self.before = nn.LayerNorm(channels)
         self.middle = nn.LayerNorm(channels)
         self.query, self.key, self.value = (
-            nn.Linear(channels, heads * head, bias=False) for _ in range(3)
+            nn.Linear(channels, _HEADS * head, bias=False) for _ in range(3)
         )
-        self.out = nn.Linear(heads * head, channels)
+        self.out = nn.Linear(_HEADS * head, channels)
         self.perceptron = nn.Sequential(
             nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)
         )
@@ -99,7 +86,7 @@ class _Layer(nn.Module):
     def forward(self, x: Tensor, to: Tensor) -> Tensor:
         words = self.before(x)
         context = self.before(to)
-        attended = attend(self.query(words), self.key(context), self.value(context), self.heads)
+        attended = attend(self.query(words), self.key(context), self.value(context), _HEADS)
         x = x + self.out(attended)
         updated: Tensor = x + self.perceptron(self.middle(x))
         return updated

@@ -8,25 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minecube.catalog import ModelCard
 from minecube.models.blocks import ResNet, convolution, enlarge, siamese
-from minecube.models.options import options_of
 
 _THRESHOLD = 0.01
 """Mixed frequencies below this threshold count as noise (from the authors' code)."""
-
-
-def changefft(card: ModelCard) -> nn.Module:
-    """Build ChangeFFT from a card.
-
-    Options: `width` (64) and `depths` (2, 2, 2, 2) of the ResNet, and `head` (width of the UPerNet
-    head, 512).
-    """
-    return ChangeFFT(
-        len(card.bands),
-        len(card.classes),
-        **options_of(card, width=64, depths=(2, 2, 2, 2), head=512),
-    )
 
 
 class ChangeFFT(nn.Module):
@@ -35,6 +20,8 @@ class ChangeFFT(nn.Module):
     Input: (n, 2, bands, y, x), sides multiples of 32. Output: logits (n, classes, y, x). The
     encoder is a ResNet-18 from random weights, the lightest one compared in the paper. The
     auxiliary head is left out, since there is one loss on one output. Drop path is left out too.
+
+    Options: `width` and `depths` of the ResNet, and `head` (width of the UPerNet head).
     """
 
     def __init__(

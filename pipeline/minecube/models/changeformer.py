@@ -8,18 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minecube.catalog import ModelCard
 from minecube.models.blocks import attend, enlarge, siamese
-from minecube.models.options import options_of
-
-
-def changeformer(card: ModelCard) -> nn.Module:
-    """Build ChangeFormer from a card.
-
-    Options: `widths` and `depths` of the encoder's four stages, `width` of the decoder.
-    """
-    options = options_of(card, widths=(64, 128, 320, 512), depths=(3, 3, 4, 3), width=256)
-    return ChangeFormer(len(card.bands), len(card.classes), **options)
 
 
 class ChangeFormer(nn.Module):
@@ -28,6 +17,8 @@ class ChangeFormer(nn.Module):
     Input: (n, 2, bands, y, x), sides multiples of 32. Output: logits (n, classes, y, x). The
     authors also supervise maps of four scales. Here there is one loss on one output. Dropout and
     drop path are left out. Each class has its own logit in place of the authors' softmax.
+
+    Options: `widths` and `depths` of the encoder's four stages, `width` of the decoder.
     """
 
     def __init__(

@@ -7,20 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from minecube.catalog import ModelCard
 from minecube.models.blocks import ResNet, SqueezeExcite, siamese
-from minecube.models.options import options_of
-
-
-def dtcdscn(card: ModelCard) -> nn.Module:
-    """Build DTCDSCN from a card.
-
-    Options: `width` (channels of the encoder's first stage, 64) and `depths` (3, 4, 6, 3: an
-    SE-ResNet-34).
-    """
-    return DTCDSCN(
-        len(card.bands), len(card.classes), **options_of(card, width=64, depths=(3, 4, 6, 3))
-    )
 
 
 class DTCDSCN(nn.Module):
@@ -29,6 +16,9 @@ class DTCDSCN(nn.Module):
     Input: (n, 2, bands, y, x), sides multiples of 32. Output: logits (n, classes, y, x). The other
     half maps buildings per date on the same encoder, with a centre, decoder and head of the same
     shape. It is left out: its output does not affect the change map and has no label here.
+
+    Options: `width` (channels of the encoder's first stage) and `depths` (by default an
+    SE-ResNet-34).
     """
 
     def __init__(

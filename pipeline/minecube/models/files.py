@@ -80,13 +80,8 @@ _ONE_AT_A_TIME = threading.Lock()
 def unpickle(content: bytes, message: str, placeholders: bool = False) -> Any:
     """Read a file of `pickle` or `torch.save` without running any code in it.
 
-    Tensors are loaded on the CPU.
-
-    Args:
-        content: The file's bytes.
-        message: Error message for a foreign or damaged file.
-        placeholders: Whether to put a `Placeholder` for an object of another class. Otherwise the
-            file is refused.
+    Tensors are loaded on the CPU. With `placeholders`, an object of another class becomes a
+    `Placeholder`. Otherwise the file is refused.
 
     Raises:
         ModelError: The file is foreign or damaged. The message is `message`, plus the format if

@@ -24,10 +24,8 @@ def fold_batch_norms(network: nn.Module, run: Callable[[], Tensor]) -> None:
     Afterwards the logits of `run` are compared with those before. If they differ by more than
     rounding, nothing is folded.
 
-    Args:
-        network: a network in evaluation mode, on the CPU.
-        run: passes one window through the network and returns the logits. The window must not be
-            constant, and must give the same logits each time.
+    The network is in evaluation mode, on the CPU. `run` passes one window through it and returns
+    the logits. The window must not be constant, and must give the same logits each time.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from minecube.catalog import ModelCard
 from minecube.models.blocks import Pyramid, siamese
-from minecube.models.options import options_of
+from minecube.models.options import build_with_options
 
 
 def fc_ef(card: ModelCard) -> nn.Module:
@@ -18,7 +18,7 @@ def fc_ef(card: ModelCard) -> nn.Module:
 
     Options: `width` (of the first level, 16 in the paper) and `dropout` (0.2).
     """
-    return _build(card, "early")
+    return build_with_options(card, FullyConvolutional, skip="early")
 
 
 def fc_siam_conc(card: ModelCard) -> nn.Module:
@@ -26,7 +26,7 @@ def fc_siam_conc(card: ModelCard) -> nn.Module:
 
     Options are those of `fc_ef`.
     """
-    return _build(card, "both")
+    return build_with_options(card, FullyConvolutional, skip="both")
 
 
 def fc_siam_diff(card: ModelCard) -> nn.Module:
@@ -34,13 +34,7 @@ def fc_siam_diff(card: ModelCard) -> nn.Module:
 
     Options are those of `fc_ef`.
     """
-    return _build(card, "difference")
-
-
-def _build(card: ModelCard, skip: str) -> nn.Module:
-    return FullyConvolutional(
-        len(card.bands), len(card.classes), skip=skip, **options_of(card, width=16, dropout=0.2)
-    )
+    return build_with_options(card, FullyConvolutional, skip="difference")
 
 
 class FullyConvolutional(nn.Module):

@@ -96,8 +96,7 @@ class Layout:
     def _mirror(self, size: int) -> IntP:
         steps = max(-(-(size + 2 * self.margin - self.window_px) // self.step), 0)
         pad_after = self.window_px + steps * self.step - size - self.margin
-        mirrored: IntP = np.pad(np.arange(size), (self.margin, pad_after), mode="reflect")
-        return mirrored
+        return np.pad(np.arange(size), (self.margin, pad_after), mode="reflect")
 
 
 class Blend:

@@ -26,13 +26,13 @@ from minecube.arrays import Bool, Int64, IntP, UInt8, UInt16
 from minecube.catalog import ModelCard, as_dict
 from minecube.codes import FULL, UNKNOWN
 from minecube.errors import ModelError
-from minecube.models.batches import sum_on_gpu
+from minecube.models.batches import sum_in_batches
 from minecube.models.compute import Compute
 from minecube.models.cores import sum_on_cores
 from minecube.models.forward import Forward, prepare
 from minecube.models.layout import Blend, Layout
 from minecube.models.network import TrainedModel, select_bands
-from minecube.models.streams import Strip, download, read_ahead
+from minecube.models.streams import Strip, download, read_ahead, upload
 
 T = TypeVar("T")
 View = tuple[int, ...]
@@ -312,7 +312,9 @@ def sum_rows(
     if forward.device.type == "cpu":
         yield from sum_on_cores(forward, strips, ramp, compute.workers)
     else:
-        yield from sum_on_gpu(forward, strips, ramp)
+        weights = torch.from_numpy(ramp).to(forward.device)
+        with closing(upload(strips, forward.device)) as uploaded:
+            yield from sum_in_batches(forward, uploaded, weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from minecube.arrays import Float32, UInt16
 from minecube.catalog import ModelCard, as_dict, rebuild_model_card
 from minecube.errors import CatalogError, ModelError
 from minecube.models.files import pickle, unpickle, write_whole
+from minecube.models.options import build_with_options
 
 FORMAT = "minecube-model-2"
 ARCHITECTURES: dict[str, str | Callable[[ModelCard], nn.Module]] = {
-    "unet": "unet:unet",
+    "unet": "unet:UNet",
     "encoder-unet": "libraries:unet",
     "pspnet": "libraries:pspnet",
     "linknet": "libraries:linknet",
@@ -31,21 +34,24 @@ ARCHITECTURES: dict[str, str | Callable[[ModelCard], nn.Module]] = {
     "mask2former": "libraries:mask2former",
     # Change
     "a2net": "a2net:a2net",
-    "bit": "bit:bit",
-    "changefft": "changefft:changefft",
-    "changeformer": "changeformer:changeformer",
-    "dtcdscn": "dtcdscn:dtcdscn",
+    "bit": "bit:BIT",
+    "changefft": "changefft:ChangeFFT",
+    "changeformer": "changeformer:ChangeFormer",
+    "dtcdscn": "dtcdscn:DTCDSCN",
     "fc-ef": "fully_convolutional:fc_ef",
     "fc-siam-conc": "fully_convolutional:fc_siam_conc",
     "fc-siam-diff": "fully_convolutional:fc_siam_diff",
-    "snunet": "snunet:snunet",
-    "tinycd": "tinycd:tinycd",
+    "snunet": "snunet:SNUNet",
+    "tinycd": "tinycd:TinyCD",
     # Series
-    "series-attention": "series:series_attention",
+    "series-attention": "series:SeriesAttention",
 }
-"""Architecture -> function building its network from a card, or module:function of this package.
+"""Architecture -> function building its network from a card, or its place in this package.
 
-Modules are loaded on demand. Further networks may be added: `ARCHITECTURES["mine"] = build_mine`.
+A place is module:function, or module:class of a network with parameters `bands` and `classes`.
+Its parameters with a default are its options. Modules are loaded on demand.
+
+Further networks may be added: `ARCHITECTURES["mine"] = build_mine`.
 """
 
 
@@ -82,6 +88,8 @@ def build(card: ModelCard) -> nn.Module:
     if isinstance(function, str):
         module, _, name = function.partition(":")
         function = getattr(importlib.import_module(f"minecube.models.{module}"), name)
+        if "bands" in signature(function).parameters:
+            function = partial(build_with_options, network=function)
     try:
         network: nn.Module = function(card)
     except (
@@ -101,11 +109,7 @@ def build(card: ModelCard) -> nn.Module:
 
 
 def count_parameters(card: ModelCard) -> int:
-    """Count the trainable numbers of the card's network without drawing them.
-
-    Raises:
-        ModelError: As for `build`.
-    """
+    """Count the network's trainable numbers without drawing them. Raises ModelError as `build`."""
     with torch.device("meta"):
         return sum(p.numel() for p in build(card).parameters() if p.requires_grad)
 
@@ -335,11 +339,7 @@ def select_bands(reflectance: xr.DataArray, card: ModelCard) -> xr.DataArray:
 
 
 def band_positions(bands: Sequence[str], card: ModelCard, cubes: str) -> list[int]:
-    """Return the positions of the card's bands among these bands of `cubes`.
-
-    Raises:
-        ModelError: Bands are missing or in another order than the card's.
-    """
+    """Return the positions of the card's bands; raise ModelError if missing or in another order."""
     if [band for band in bands if band in card.bands] != list(card.bands):
         raise ModelError(
             f"model {card.id}: expected the bands {', '.join(card.bands)} in this order, found "

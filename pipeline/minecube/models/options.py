@@ -1,11 +1,27 @@
-"""Check a card's options against those of its architecture."""
+"""Check a card's options against those of its architecture, and build the network."""
 
 from __future__ import annotations
 
+from inspect import Parameter, signature
 from typing import Any
+
+from torch import nn
 
 from minecube.catalog import ModelCard
 from minecube.errors import ModelError
+
+
+def build_with_options(card: ModelCard, network: type[nn.Module], **settings: str) -> nn.Module:
+    """Build a network for the card's bands, classes and options.
+
+    The options are the parameters of the network that have a default.
+
+    Raises:
+        ModelError: As for `options_of`.
+    """
+    parameters = signature(network).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not Parameter.empty}
+    return network(len(card.bands), len(card.classes), **settings, **options_of(card, **defaults))
 
 
 def options_of(card: ModelCard, **defaults: Any) -> dict[str, Any]:

@@ -17,23 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minecube.catalog import ModelCard
 from minecube.models.blocks import Pyramid, convolution, enlarge
-from minecube.models.options import options_of
 
 _REACH = 10
 """Years; larger distances weigh as much as this one."""
-
-
-def series_attention(card: ModelCard) -> nn.Module:
-    """Build the network from a card.
-
-    Options: `width` (of the first level), `depth` (number of halvings), `heads` and `layers` of
-    attention.
-    """
-    return SeriesAttention(
-        len(card.bands), len(card.classes), **options_of(card, width=16, depth=3, heads=4, layers=1)
-    )
 
 
 class SeriesAttention(nn.Module):
@@ -42,6 +29,9 @@ class SeriesAttention(nn.Module):
     Input: (n, year, bands, y, x), sides multiples of 2 ** depth. Output: logits (n, year, classes,
     y, x). A pixel with 0 in all bands was not observed. Other years ignore it, but it has an output
     from the observed years. Time enters only as distance in years, independent of the calendar.
+
+    Options: `width` (of the first level), `depth` (number of halvings), `heads` and `layers` of
+    attention.
     """
 
     def __init__(
@@ -93,8 +83,7 @@ class SeriesAttention(nn.Module):
                 skip = skip + self.mix[level](pooled.flatten(0, 1))
             x = merge(torch.cat([skip, up(x)], dim=1))
         x = self.coherence(torch.unflatten(x, 0, shape), observed, apart).flatten(0, 1)
-        logits: Tensor = torch.unflatten(self.head(x), 0, shape)
-        return logits
+        return torch.unflatten(self.head(x), 0, shape)
 
 
 def _two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
@@ -130,9 +119,11 @@ class _Attention(nn.Module):
     It returns (n, year, channel, y, x) and the attention weights.
     """
 
-    def __init__(self, channels: int, heads: int, size: int = 8) -> None:
+    def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.scale = heads, size**-0.5
+        size = 8
+        self.heads = heads
+        self.scale = size**-0.5
         self.before, self.middle = (nn.LayerNorm(channels) for _ in range(2))
         self.query, self.key = (nn.Conv2d(channels, heads * size, 1) for _ in range(2))
         self.value, self.out = (nn.Conv2d(channels, channels, 1) for _ in range(2))
@@ -205,5 +196,4 @@ class _Coherence(nn.Module):
             for w in weight
         ]
         inputs = torch.cat([features, *means], dim=-1).movedim(-1, 2)
-        updated: Tensor = x + torch.unflatten(self.blend(inputs.flatten(0, 1)), 0, x.shape[:2])
-        return updated
+        return x + torch.unflatten(self.blend(inputs.flatten(0, 1)), 0, x.shape[:2])

@@ -5,17 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minecube.catalog import ModelCard
 from minecube.models.blocks import Pyramid, SqueezeExcite, siamese
-from minecube.models.options import options_of
-
-
-def snunet(card: ModelCard) -> nn.Module:
-    """Build SNUNet with ECAM from a card.
-
-    Option: `width`, channels of the first level (32 in the paper's SNUNet-CD/32).
-    """
-    return SNUNet(len(card.bands), len(card.classes), **options_of(card, width=32))
 
 
 class SNUNet(nn.Module):
@@ -25,6 +15,8 @@ class SNUNet(nn.Module):
     ensemble channel attention module (ECAM) weights the four outputs of full resolution. As in the
     paper, the deepest level sees only the second date. Unlike there, each class has one logit in
     place of a softmax over two.
+
+    Option: `width`, channels of the first level (32 in the paper's SNUNet-CD/32).
     """
 
     def __init__(self, bands: int, classes: int, width: int = 32) -> None:

@@ -10,19 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from minecube.catalog import ModelCard
 from minecube.models.blocks import InvertedResidual, Stages, convolution, siamese
-from minecube.models.options import options_of
-
-
-def tinycd(card: ModelCard) -> nn.Module:
-    """Build TinyCD from a card.
-
-    Options: `widths` of the encoder's stem and three stages, `depths` of the stages, `decoder`
-    widths.
-    """
-    options = options_of(card, widths=(48, 24, 32, 56), depths=(2, 4, 4), decoder=(64, 64, 32))
-    return TinyCD(len(card.bands), len(card.classes), **options)
 
 
 class TinyCD(nn.Module):
@@ -31,6 +19,9 @@ class TinyCD(nn.Module):
     Input: (n, 2, bands, y, x), sides multiples of 8. Output: logits (n, classes, y, x). Default
     widths and depths are EfficientNet-b4's. The encoder starts from random weights, since ImageNet
     weights are for three bands. It has no stochastic depth.
+
+    Options: `widths` of the encoder's stem and three stages, `depths` of the stages, `decoder`
+    widths.
     """
 
     def __init__(

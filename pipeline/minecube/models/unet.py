@@ -7,26 +7,17 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from minecube.catalog import ModelCard
-from minecube.models.options import options_of
-
-
-def unet(card: ModelCard) -> nn.Module:
-    """Build a U-Net from a card.
-
-    Options: `width` (channels of the first level) and `depth` (number of halvings).
-    """
-    return UNet(len(card.bands), len(card.classes), **options_of(card, width=16, depth=3))
-
 
 class UNet(nn.Module):
     """U-Net of Ronneberger, Fischer and Brox 2015 (arXiv:1505.04597).
 
     Convolutions are padded and have batch normalisation. Input: (n, bands, y, x) float32, sides
     multiples of 2 ** depth. Output: logits (n, classes, y, x).
+
+    Options: `width` (channels of the first level) and `depth` (number of halvings).
     """
 
-    def __init__(self, bands: int, classes: int, width: int, depth: int) -> None:
+    def __init__(self, bands: int, classes: int, width: int = 16, depth: int = 3) -> None:
         super().__init__()
         channels = [width * 2**level for level in range(depth + 1)]
         steps = list(itertools.pairwise(channels))

@@ -37,15 +37,8 @@ log = logging.getLogger(__name__)
 _TIMEOUT_S = 60
 
 
-def find_model(
-    name: str, cards: Mapping[str, ModelCard], cache: Path | None = None
-) -> TrainedModel:
+def find_model(name: str, cards: Mapping[str, ModelCard]) -> TrainedModel:
     """Load a trained model by the path of its file or by the name of a card.
-
-    Args:
-        name: Path of a file written by `save`, or a key of `cards`.
-        cards: The catalogue's cards.
-        cache: As for `fetch`.
 
     Raises:
         ModelError: The name is neither. The file is not a model. The card has no weights, or
@@ -58,16 +51,14 @@ def find_model(
             f"{name}: is neither the file of a trained model nor a model of the catalogue; train "
             "one with `minecube train`, and see `minecube models` for the names"
         )
-    return fetch(cards[name], cache)
+    return fetch(cards[name])
 
 
 def fetch(card: ModelCard, cache: Path | None = None) -> TrainedModel:
     """Load the card's network with the weights named in the card.
 
-    Args:
-        card: Its `weights` have an address, http(s):// or a path.
-        cache: Folder of downloads, named by hash. Default: `minecube` in torch's own
-            (`torch.hub.get_dir()`, set by `TORCH_HOME`).
+    Downloads are kept in the folder `cache`, named by hash. Default: `minecube` in torch's own
+    (`torch.hub.get_dir()`, set by `TORCH_HOME`).
 
     Raises:
         ModelError: The card names no weights. The weights cannot be read, downloaded or written.
@@ -87,11 +78,7 @@ def fetch(card: ModelCard, cache: Path | None = None) -> TrainedModel:
 
 
 def _read_verified(weights: Weights, cache: Path) -> tuple[str, bytes]:
-    """Return the file's name for messages, and its content.
-
-    Raises:
-        ModelError: The file cannot be read, or its hash is not the card's.
-    """
+    """Return the file's name and content; raise ModelError if unread or of another hash."""
     if "://" not in weights.href:
         content = _read(Path(weights.href))
         _need_hash(weights, weights.href, hashlib.sha256(content).hexdigest())

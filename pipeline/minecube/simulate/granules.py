@@ -144,11 +144,8 @@ def list_tiles(tiles: list[Tile], overpass: Overpass, grid: GeoBox) -> list[Tile
 def fit_to_tile(pixels: AnyArray, tile: Tile, size_m: int) -> AnyArray:
     """Cut a tile from the site's simulated pixels, or warp them to the tile's zone.
 
-    Args:
-        pixels: [y, x] of the whole site. Classes (uint8) take the nearest pixel, and 0 outside the
-            site. Other types are interpolated bilinearly.
-        tile: The tile. Tiles of the site's zone differ in columns only.
-        size_m: Pixel size: 10 or 20.
+    `pixels` [y, x] are of the whole site. Classes (uint8) take the nearest pixel, and 0 outside the
+    site. Other types are interpolated bilinearly. Tiles of the site's zone differ in columns only.
     """
     if tile.warp is None:
         factor = size_m // 10

@@ -293,19 +293,12 @@ def _describe_earth_search_asset(granule: Granule, band: str) -> Item:
     }
     if band == SCL:
         return {"title": "Scene classification map (SCL)", "raster:bands": [raster], **place}
-    common, title, centre, width = _BAND[band]
-    eo_band = {
-        "name": common,
-        "common_name": common,
-        "description": title,
-        "center_wavelength": centre,
-        "full_width_half_max": width,
-    }
+    common, title, *_ = _BAND[band]
     # Like the provider, declare the offset although it was removed from the pixels.
     raster |= {"bits_per_sample": 15, "scale": 0.0001, "offset": -0.1}
     return {
         "title": f"{title} - {size}m",
-        "eo:bands": [eo_band],
+        "eo:bands": [_describe_eo_band(common, band)],
         "gsd": size,
         "raster:bands": [raster],
         **place,
@@ -324,15 +317,19 @@ def _describe_planetary_computer_asset(granule: Granule, band: str) -> Item:
     }
     if band == SCL:
         return {"title": "Scene classfication map (SCL)", **place}
+    title = f"{_BAND[band][1]} - {size}m"
+    return {"title": title, "eo:bands": [_describe_eo_band(band, band)], **place}
+
+
+def _describe_eo_band(name: str, band: str) -> Item:
     common, title, centre, width = _BAND[band]
-    eo_band = {
-        "name": band,
+    return {
+        "name": name,
         "common_name": common,
         "description": title,
         "center_wavelength": centre,
         "full_width_half_max": width,
     }
-    return {"title": f"{title} - {size}m", "eo:bands": [eo_band], **place}
 
 
 def _describe_cdse_asset(granule: Granule, band: str) -> Item:

@@ -263,20 +263,18 @@ def _draw_parcels(rng: np.random.Generator, x: Float32, y: Float32) -> Int32:
     length = rng.uniform(180, 620, len(edges) + 1)
     start = rng.uniform(0, 1, len(edges) + 1)
     field = np.floor(along / length[strip] + start[strip]).astype(np.int64)
-    ids: Int32 = (
+    return (
         np.unique(strip * 100_000 + field, return_inverse=True)[1].reshape(x.shape).astype(np.int32)
     )
-    return ids
 
 
 def _draw_plots(rng: np.random.Generator, shape: tuple[int, int], kinds: int) -> Int32:
     """Draw random plots of 20 m."""
-    plots: Int32 = (
+    return (
         rng.integers(0, kinds, (shape[0] // 2, shape[1] // 2), dtype=np.int32)
         .repeat(2, axis=0)
         .repeat(2, axis=1)
     )
-    return plots
 
 
 def _draw_line(rng: np.random.Generator, start: Float64, end: Float64, bend: float) -> LineString:

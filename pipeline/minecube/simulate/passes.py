@@ -244,11 +244,8 @@ def lay_tiles(grid: GeoBox, canvas: GeoBox, names: set[str]) -> list[Tile]:
     A covers the west 65 % of the site, and B the east half. C is in the nearer neighbouring UTM
     zone and covers the 60 % of the site facing this zone.
 
-    Args:
-        grid: The site's grid.
-        canvas: The grid with a margin; tiles extend to its edge.
-        names: Names in use; the new ones are added. Two sites in one square get different tile
-            names.
+    Tiles extend to the edge of the canvas, the grid with a margin. `names` are names in use; the
+    new ones are added. Two sites in one square get different tile names.
     """
     site = grid.extent.boundingbox
     area = canvas.extent.boundingbox
@@ -311,10 +308,9 @@ def _find_neighbour_crs(grid: GeoBox) -> CRS:
 
 
 def locate_pixels(source: GeoBox, target: GeoBox) -> Float64:
-    """Locate the pixel centres of one grid on another.
+    """Locate the pixel centres of one grid on another: float64 [2, y, x], row and column.
 
-    Returns:
-        float64 [2, y, x], row and column, 0 = centre of the first pixel.
+    0 is the centre of the first pixel.
     """
     y, x = np.meshgrid(*(source.coords[d].values for d in ("y", "x")), indexing="ij")
     x, y = Transformer.from_crs(epsg_of(source), epsg_of(target), always_xy=True).transform(x, y)

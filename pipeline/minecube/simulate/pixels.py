@@ -10,10 +10,9 @@ from minecube.arrays import AnyArray, Float32
 def halve(pixels: AnyArray) -> Float32:
     """Average 2 x 2 pixels of the last two dimensions."""
     fine = pixels.astype(np.float32, copy=False)
-    means: Float32 = (
+    return (
         fine[..., ::2, ::2] + fine[..., 1::2, ::2] + fine[..., ::2, 1::2] + fine[..., 1::2, 1::2]
     ) * np.float32(0.25)
-    return means
 
 
 def enlarge(pixels: AnyArray, shape: tuple[int, ...]) -> AnyArray:

@@ -30,17 +30,10 @@ def write_release(
     shape: tuple[int, int] = (320, 280),
     packed: bool = True,
 ) -> Masks:
-    """Write a zip of images and labels.
+    """Write a zip of images and labels; return the labels uint8 [y, x], 0 or 255.
 
-    Args:
-        path: The zip.
-        sites: Name -> longitude and latitude of the upper left corner.
-        years: Years of each site.
-        shape: Rows and columns.
-        packed: Deflate the members instead of storing them.
-
-    Returns:
-        (site, year) -> label, uint8 [y, x], 0 or 255.
+    `sites` gives the longitude and latitude of each site's upper left corner. `packed` deflates the
+    members instead of storing them.
     """
     masks: Masks = {}
     compression = zipfile.ZIP_STORED

@@ -131,21 +131,13 @@ def _draw_cirrus(rng: np.random.Generator, shape: tuple[int, int]) -> Float32:
 def classify(
     draw: Draw, ground: Ground, sky: Sky, overpass: Overpass, clean: dict[str, Float32]
 ) -> UInt8:
-    """Imitate Sen2Cor's scene classification of one date, including its errors.
+    """Imitate Sen2Cor's scene classification of one date: uint8 [y, x] at 20 m, without 0.
 
     It misses the halo of clouds and, on some dates, thin cloud. It classifies dazzling mine ground
     as cloud on nearly every date. It takes some dark water for shadow and some shadow for dark
     ground. On some overpasses the whole date is wrong.
 
-    Args:
-        draw: The site's generators.
-        ground: The year's ground.
-        sky: The date's sky.
-        overpass: The date.
-        clean: Ground reflectance of B04 and B08 on this date, float32 [y, x] at 20 m.
-
-    Returns:
-        uint8 [y, x] at 20 m, without 0.
+    `clean` has the ground reflectance of B04 and B08 on this date, float32 [y, x] at 20 m.
     """
     rng = draw("scl", overpass.day)
     noise = rng.random((2, *sky.cloud.shape), dtype=np.float32)

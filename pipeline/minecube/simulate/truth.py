@@ -29,18 +29,12 @@ SKY = ("not observed", "clear", "contaminated")
 def compute_reflectance(
     ground: Ground, passes: Sequence[Overpass], inside: tuple[slice, slice]
 ) -> UInt16:
-    """Compute the year's clean reflectance as the median over the April to October dates.
+    """Compute the median clean reflectance of April to October: uint16 [band, y, x], x 10000.
 
     It simulates a noise-free sensor and a clear sky. Bands of 20 m are averaged over their own
     pixels; each 20 m value fills four pixels of 10 m.
 
-    Args:
-        ground: The year's ground.
-        passes: The year's overpasses.
-        inside: The site's window of the canvas, even numbers.
-
-    Returns:
-        uint16 [band, y, x], x 10000.
+    `inside` is the site's window of the canvas, of even numbers.
     """
     days = [p.day for p in passes if SEASON[0] <= p.day.month <= SEASON[1]]
     spectra = [ground.patches.spectra(day.timetuple().tm_yday) for day in days]

@@ -1,12 +1,12 @@
 """Smooth yearly probabilities over all years, and derive events and areas from them.
 
-    learn_rates([probability, ...])     -> Rates                  or rates_from_labels(footprints)
-    smooth(probability, rates)          -> DataArray[year, y, x]  posterior x 250, given all years
-    threshold(probability)              -> DataArray[year, y, x]  footprint at one half
-    events(footprint, posterior)        -> Dataset[y, x]          onset, end, reclaimed, kind, flips
-    areas(footprint, grid)              -> DataFrame              m2 by year, gain and loss
-    expected_areas(smoothed, raw, grid) -> DataFrame              m2 by year with intervals
-    expansion(areas)                    -> Expansion              opening and growth of a site
+    learn_rates([probability, ...])     -> Rates      or learn_rates_from_labels(footprints)
+    smooth(probability, rates)          -> DataArray  posterior x 250, given all years
+    threshold(probability)              -> DataArray  footprint at one half
+    derive_events(footprint, posterior) -> Dataset    onset, end, reclaimed, kind, flips
+    compute_areas(footprint, grid)      -> DataFrame  m2 by year, gain and loss
+    estimate_areas(smoothed, raw, grid) -> DataFrame  m2 by year with intervals
+    summarize_expansion(areas)          -> Expansion  opening and growth of a site
 
     areas.py        footprints and their areas on an equal-area map
     learning.py     rates of the hidden Markov model

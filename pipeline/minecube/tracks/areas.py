@@ -39,9 +39,7 @@ def compute_areas(footprint: xr.DataArray, grid: GeoBox) -> pd.DataFrame:
     last known year, so no change is lost in a gap. Without unknown pixels, area grows by gain -
     loss. In the first year both are NaN, as there is no earlier year.
 
-    Args:
-        footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending.
-        grid: The footprint's grid.
+    The footprint is (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending.
 
     Raises:
         LabelError: The footprint has other dimensions or another shape than the grid, or its years

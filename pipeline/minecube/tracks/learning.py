@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Self
@@ -101,7 +101,7 @@ def learn_rates(
         LabelError: There is no map. No map has a known pixel. A map is no stored probability.
     """
     series = sampled(list(probabilities))
-    start = _under_own_prior(series, temper=temper)
+    start = _under_own_prior(series, temper)
     if prior is not None:
         start = replace(start, prior=prior)
     rates, _ = maximise(series, start)
@@ -116,15 +116,16 @@ def make_rates(
     Raises:
         LabelError: As for `learn_rates`, or the rates are out of bounds.
     """
-    return replace(
-        _under_own_prior(sampled(list(probabilities)), temper=temper),
-        opening=opening,
-        closing=closing,
-    )
+    start = _under_own_prior(sampled(list(probabilities)), temper)
+    return replace(start, opening=opening, closing=closing)
 
 
 def _under_own_prior(series: Sequence[Series], temper: float) -> Rates:
-    mine, total = _sum_probability(series)
+    return _begin(*_sum_probability(series), temper)
+
+
+def _begin(mine: float, total: float, temper: float) -> Rates:
+    """Return the rates before learning, with the mine share as initial share and prior."""
     return Rates(
         opening=0.01,
         closing=0.01,
@@ -139,23 +140,31 @@ def maximise(series: Sequence[Series], start: Rates) -> tuple[Rates, list[float]
 
     Returns the rates and the log-likelihood before each turn. Prior and temper stay as they are.
     """
-    rates = start
+
+    def count(rates: Rates) -> Expected:
+        table = evidence(rates).astype(np.float64)
+        return sum((expected(table[s.values], s.weights, rates) for s in series), Expected())
+
+    return _iterate(count, start, TOLERANCE)
+
+
+def _iterate(
+    count: Callable[[Rates], Expected], rates: Rates, tolerance: float
+) -> tuple[Rates, list[float]]:
+    """Compute new rates from the counts at the rates, until they hardly change.
+
+    Returns the rates and the log-likelihood before each turn.
+    """
     log_likelihoods = []
     for _ in range(MAX_TURNS):
-        table = evidence(rates).astype(np.float64)
-        counts = sum((expected(table[s.values], s.weights, rates) for s in series), Expected())
+        counts = count(rates)
         log_likelihoods.append(counts.log_likelihood)
         guess = rates
         rates = counts.rates(guess)
-        if _are_close(guess, rates, TOLERANCE):
+        opening_is_close = math.isclose(guess.opening, rates.opening, rel_tol=tolerance)
+        if opening_is_close and math.isclose(guess.closing, rates.closing, rel_tol=tolerance):
             break
     return rates, log_likelihoods
-
-
-def _are_close(start: Rates, end: Rates, tolerance: float) -> bool:
-    opening = math.isclose(start.opening, end.opening, rel_tol=tolerance)
-    closing = math.isclose(start.closing, end.closing, rel_tol=tolerance)
-    return opening and closing
 
 
 def _sum_probability(series: Sequence[Series]) -> tuple[float, float]:
@@ -212,10 +221,8 @@ def _sample_series(probability: xr.DataArray, step: int) -> Series:
 def steps_of_labels(footprint: xr.DataArray) -> Counter[tuple[int, int, int]]:
     """Count pixels by steps between successive known states.
 
-    Keys are (state, next state, years between). Counts of several sites can be added.
-
-    Args:
-        footprint: (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending.
+    Keys are (state, next state, years between). Counts of several sites can be added. The footprint
+    is (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending.
 
     Raises:
         LabelError: The argument is not a footprint.
@@ -245,10 +252,8 @@ def learn_rates_from_labels(footprints: Iterable[xr.DataArray], *, temper: float
     The sites' mine share becomes the initial share and the prior. Use the training sites of the
     model: its probabilities were learned under their share.
 
-    Args:
-        footprints: One per site, (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years ascending,
-            gaps allowed.
-        temper: As in `Rates.temper`.
+    There is one footprint per site, (year, y, x) uint8: 1 mine, 0 not, 255 unknown; years
+    ascending, gaps allowed.
 
     Raises:
         LabelError: No pixel is known in two years, or an argument is not a footprint.
@@ -265,14 +270,7 @@ def learn_rates_from_labels(footprints: Iterable[xr.DataArray], *, temper: float
             "no pixel of these labels is known in two years, so they tell no rates; label more "
             "years, or give rates"
         )
-    start = Rates(
-        opening=0.01,
-        closing=0.01,
-        initial=_share(mine, total),
-        prior=_share(mine, total, MIN_PRIOR),
-        temper=temper,
-    )
-    return rates_of_steps(steps, start)
+    return rates_of_steps(steps, _begin(mine, total, temper))
 
 
 def rates_of_steps(steps: Mapping[tuple[int, int, int], int], start: Rates) -> Rates:
@@ -280,19 +278,18 @@ def rates_of_steps(steps: Mapping[tuple[int, int, int], int], start: Rates) -> R
 
     For steps of one year these are the shares. Longer steps need expectation maximisation.
     """
-    rates = start
     odds = {BACKGROUND: 1 / _CERTAIN, MINE: _CERTAIN}
-    for _ in range(MAX_TURNS):
+
+    def count(rates: Rates) -> Expected:
         counts = Expected()
         for (state, next_state, gap), pixels in steps.items():
             likely = np.ones((gap + 1, 1))
             likely[0] = odds[state]
             likely[-1] = odds[next_state]
             counts += expected(likely, np.array([float(pixels)]), rates)
-        guess = rates
-        rates = counts.rates(guess)
-        if _are_close(guess, rates, TOLERANCE**2):
-            break
+        return counts
+
+    rates, _ = _iterate(count, start, TOLERANCE**2)
     return replace(rates, initial=start.initial)
 
 

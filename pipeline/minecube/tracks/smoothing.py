@@ -116,9 +116,7 @@ def smooth(probability: xr.DataArray, rates: Rates) -> xr.DataArray:
     The result is uint8 (year, y, x) x 250, 255 if no year is known. Unknown years (255) of a pixel
     are filled from its other years. Pixels are independent, so blocks give the same as the whole.
 
-    Args:
-        probability: (year, y, x) uint8 x 250, 255 = unknown; years ascending, gaps allowed.
-        rates: Given, or learned (`learn_rates`, `learn_rates_from_labels`).
+    The input is (year, y, x) uint8 x 250, 255 = unknown; years ascending, gaps allowed.
 
     Raises:
         LabelError: Dimensions or dtype are wrong, years do not ascend, or values are 251..254.
@@ -135,11 +133,7 @@ def smooth(probability: xr.DataArray, rates: Rates) -> xr.DataArray:
 
 
 def checked_years(probability: xr.DataArray) -> list[int]:
-    """Return the years of a stored probability or footprint (year, y, x).
-
-    Raises:
-        LabelError: The array is neither.
-    """
+    """Return the years of a probability or footprint (year, y, x); raise LabelError for others."""
     years: list[int] = []
     if "year" in probability.coords:
         years = probability["year"].to_numpy().astype(int).tolist()

@@ -62,11 +62,8 @@ UNCORRELATED = ErrorCorrelation(np.array([1.0]))
 def measure_error_correlation(raw: xr.DataArray, smoothed: xr.DataArray) -> ErrorCorrelation:
     """Measure the correlation of a model's errors in one year by distance.
 
-    It is measured on the changes made by smoothing.
-
-    Args:
-        raw: (year, y, x) uint8 x 250, 255 = unknown.
-        smoothed: `smooth` of `raw`.
+    It is measured on the changes made by smoothing. Both maps are (year, y, x) uint8 x 250, 255 =
+    unknown.
 
     Raises:
         LabelError: Shapes or years differ. There is one year only, without changes from year to

@@ -11,13 +11,16 @@ checkpoint.py  state and log on disk
 epochs.py      the epochs of a training, and its state
 fitting.py     the training as a whole
 
-survey(train) -> Survey; Windows(train, survey)[epoch, number] -> image, target; fit(...) -> Fitted
+survey_source(train, card, settings)                        -> SourceSurvey
+Windows(train, card, settings, survey, seed)[epoch, number] -> image, target
+fit(card, train, valid, settings)                           -> TrainingResult
 """
 
 from __future__ import annotations
 
 from minecube.train.checkpoint import Epoch
-from minecube.train.fitting import TrainingOptions, TrainingResult, fit
+from minecube.train.epochs import TrainingOptions
+from minecube.train.fitting import TrainingResult, fit
 from minecube.train.source import Cubes, WindowSource, compute_targets, list_views
 from minecube.train.statistics import SourceSurvey, survey_source
 from minecube.train.windows import Position, Tiles, Windows

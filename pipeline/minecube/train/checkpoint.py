@@ -43,20 +43,12 @@ class Epoch:
 
 
 def write_state(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a training's state, whole or not at all.
-
-    Raises:
-        ModelError: The file cannot be written.
-    """
+    """Write a training's state whole, or raise ModelError and write nothing."""
     write_whole(path, pickle({"format": FORMAT, **content}))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read a state written by `write_state`.
-
-    Raises:
-        ModelError: The file cannot be read, is not a state, or is damaged.
-    """
+    """Read a state of `write_state`; raise ModelError for any other or a damaged file."""
     not_a_state = (
         f"{path}: is not the state of a training of this version of minecube, or is damaged; "
         "remove it to train afresh"
@@ -96,11 +88,7 @@ def _list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
 
 
 def write_log(path: Path, history: Sequence[Epoch]) -> None:
-    """Write all epochs so far as CSV, whole or not at all.
-
-    Raises:
-        ModelError: The file cannot be written.
-    """
+    """Write all epochs so far as CSV whole, or raise ModelError and write nothing."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(f.name for f in dataclasses.fields(Epoch))

@@ -30,6 +30,23 @@ _WITH_STATE = ("network", "optimiser", "schedule")
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """Ways to compute and keep a training; only the seed affects the network."""
+
+    seed: int = 0
+    """Seed of the first weights, the windows and their augmentation."""
+    device: str = "cpu"
+    workers: int = 0
+    """Processes cutting windows; 0: the training process."""
+    checkpoint: Path | None = None
+    """File for the state after each epoch. The log has the same name with suffix `.csv`."""
+    resume: bool = False
+    """Whether to resume from the checkpoint, if it exists."""
+    progress: Callable[[int, int, str], None] | None = None
+    """Called after each step with steps done, steps in total, and a note."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Fixed parts of a training."""
 
@@ -38,11 +55,7 @@ class Plan:
     """Windows of the validation sites, if any."""
     identity: dict[str, Any]
     """Values two runs must share to be one training; part of the checkpoint."""
-    workers: int
-    """Processes cutting windows; 0: the training process."""
-    checkpoint: Path | None
-    progress: Callable[[int, int, str], None] | None
-    """Called after each step with steps done, steps in total, and a note."""
+    options: TrainingOptions
 
     @property
     def settings(self) -> TrainingSettings:
@@ -159,8 +172,8 @@ def train_epochs(state: State, plan: Plan) -> None:
             )
         )
         state.choose_best(plan.settings, judging is not None)
-        if plan.checkpoint is not None and rank == 0:
-            state.save(plan.checkpoint, plan.identity)
+        if plan.options.checkpoint is not None and rank == 0:
+            state.save(plan.options.checkpoint, plan.identity)
         if state.ended:
             return
 
@@ -185,9 +198,9 @@ def _train_epoch(
         rate = state.optimiser.param_groups[0]["lr"]
         state.schedule.step()
         total += loss
-        if plan.progress is not None:
+        if plan.options.progress is not None:
             note = f"epoch {epoch + 1}, loss {total / (step + 1):.3f}{_describe_best(state)}"
-            plan.progress(epoch * steps + step + 1, plan.settings.epochs * steps, note)
+            plan.options.progress(epoch * steps + step + 1, plan.settings.epochs * steps, note)
     return total / steps, rate
 
 
@@ -218,8 +231,8 @@ def _loss_error(plan: Plan, epoch: int, step: int, loss: float) -> ModelError:
         site_years |= {(site, year) for year in years}
     listed = ", ".join(f"{site} {year}" for site, year in sorted(site_years))
     state = "nothing was kept"
-    if plan.checkpoint and epoch:
-        state = f"{plan.checkpoint} holds epoch {epoch}"
+    if plan.options.checkpoint and epoch:
+        state = f"{plan.options.checkpoint} holds epoch {epoch}"
     return ModelError(
         f"model {windows.card.id}: the loss became {loss} in epoch {epoch + 1}, step {step + 1} "
         f"(windows of {listed}); {state}: look at the reflectance of these site-years, or try a "
@@ -228,13 +241,14 @@ def _loss_error(plan: Plan, epoch: int, step: int, loss: float) -> ModelError:
 
 
 def _load(dataset: Windows | Tiles, plan: Plan, keys: Any, device: torch.device) -> DataLoader[Any]:
-    starts_fresh = plan.workers > 0 and not dataset.source.forkable
+    workers = plan.options.workers
+    starts_fresh = workers > 0 and not dataset.source.forkable
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # a length and items are all it needs
         batch_sampler=keys,
-        num_workers=plan.workers,
+        num_workers=workers,
         multiprocessing_context="spawn" if starts_fresh else None,
-        persistent_workers=plan.workers > 0,
+        persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
     )
 

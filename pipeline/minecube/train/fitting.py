@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,30 +13,14 @@ from minecube.device import find_device
 from minecube.errors import ModelError
 from minecube.models import TrainedModel, build, compute_logits
 from minecube.train.checkpoint import Epoch, need_same, read_state
-from minecube.train.epochs import Plan, State, process_share, train_epochs
+from minecube.train.epochs import Plan, State, TrainingOptions, process_share, train_epochs
 from minecube.train.source import WindowSource
 from minecube.train.statistics import survey_source
 from minecube.train.windows import Tiles, Windows, count_steps
 
 _FOR_PEOPLE = {"title", "paper", "licence", "source", "trained_on", "scores"}
 """Fields of cards and settings without effect on a training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """Ways to compute and keep a training; only the seed affects the network."""
-
-    seed: int = 0
-    """Seed of the first weights, the windows and their augmentation."""
-    device: str = "cpu"
-    workers: int = 0
-    """Processes cutting windows; 0: the training process."""
-    checkpoint: Path | None = None
-    """File for the state after each epoch. The log has the same name with suffix `.csv`."""
-    resume: bool = False
-    """Whether to resume from the checkpoint, if it exists."""
-    progress: Callable[[int, int, str], None] | None = None
-    """Called after each step with steps done, steps in total, and a note."""
+_DEFAULT_OPTIONS = TrainingOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +39,7 @@ def fit(
     train: WindowSource,
     valid: WindowSource | None,
     settings: TrainingSettings,
-    run: TrainingOptions = TrainingOptions(),
+    run: TrainingOptions = _DEFAULT_OPTIONS,
 ) -> TrainingResult:
     """Train the card's network on all labelled and observed pixels of `train`.
 
@@ -66,14 +48,9 @@ def fit(
     machines. Under `torchrun`, with an existing process group, each process learns from its share
     of every batch. Gradients are averaged. Batch normalisation uses a process's own share.
 
-    Args:
-        card: The network to train.
-        train: Sites to learn from. Normalisation and the choice of windows use only these.
-        valid: Validation sites. Their F1 selects the best epoch and stops training early. It is of
-            all classes together, with counts pooled over windows, without unknown pixels. None: the
-            last epoch is kept.
-        settings: Settings as in `catalog/presets.yaml`.
-        run: Device, checkpoint and other options.
+    Normalisation and the choice of windows use only `train`. The F1 of the sites in `valid` selects
+    the best epoch and stops training early. It is of all classes together, with counts pooled over
+    windows, without unknown pixels. Without `valid`, the last epoch is kept.
 
     Raises:
         ModelError: The sites lack bands, labels, years or a class. Sites are in both sources. The
@@ -90,14 +67,7 @@ def fit(
         of_valid = survey_source(valid, card, settings)
         tiles = Tiles(valid, card, settings, of_valid, surveyed.mean, surveyed.std)
     identity = _identify(windows, tiles, run.seed)
-    plan = Plan(
-        windows=windows,
-        tiles=tiles,
-        identity=identity,
-        workers=run.workers,
-        checkpoint=run.checkpoint,
-        progress=run.progress,
-    )
+    plan = Plan(windows=windows, tiles=tiles, identity=identity, options=run)
     content = _read_checkpoint(run, identity)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(run.seed)
@@ -216,11 +186,7 @@ def _without_texts(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_checkpoint(run: TrainingOptions, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the state to resume from, if any.
-
-    Raises:
-        ModelError: The state is another training's, or would be lost.
-    """
+    """Read the state to resume from, if any; raise ModelError if it would be mixed or lost."""
     if run.checkpoint is None or not run.checkpoint.exists():
         return None
     content = read_state(run.checkpoint)

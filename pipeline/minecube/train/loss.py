@@ -16,10 +16,7 @@ def compute_loss(logits: Tensor, targets: Tensor, settings: TrainingSettings) ->
     up before the formulas. Loss and gradient (averaged over processes) then equal those of one
     process with all windows.
 
-    Args:
-        logits: [n, time, class, y, x].
-        targets: Targets of the same shape: 1, 0, or above for unknown.
-        settings: Used are `positive_weight`, `focal` and `dice`.
+    Logits and targets are [n, time, class, y, x]. Targets are 1, 0, or above for unknown.
     """
     known = targets <= 1
     positive = (targets == 1).float()

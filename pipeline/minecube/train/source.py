@@ -107,7 +107,7 @@ class Cubes:
     def cut(
         self, site: str, years: Sequence[int], y: int, x: int, size: int
     ) -> tuple[UInt16, UInt8]:
-        """Cut a window as described in `Source.cut`."""
+        """Cut a window as described in `WindowSource.cut`."""
         image, label = self._arrays[site]
         years_of_site = self.years_of(site)
         positions = [years_of_site.index(year) for year in years]
@@ -147,11 +147,7 @@ def _bands_of(cube: xr.Dataset) -> tuple[str, ...]:
 
 
 def bands_at(source: WindowSource, card: ModelCard) -> list[int]:
-    """Return the positions of the card's bands in the source's windows.
-
-    Raises:
-        ModelError: Bands are missing or in another order.
-    """
+    """Return the card's bands in the source's windows; raise ModelError as `band_positions`."""
     return band_positions(list(source.bands), card, "the cubes")
 
 

@@ -165,14 +165,9 @@ class _BandSums:
         self._squares = [0] * len(bands)
 
     def add(self, reflectance: UInt16, footprint: UInt8) -> UInt8:
-        """Add a block of one year, and return its labels.
+        """Add a block [1, band, y, x] and [1, y, x] of one year, and return its labels.
 
-        Args:
-            reflectance: [1, band, y, x], x 10000, 0 = not observed.
-            footprint: [1, y, x].
-
-        Returns:
-            [y, x], the footprint, or 255 where a band has no observation.
+        Labels [y, x] are the footprint, or 255 where a band has no observation.
         """
         image = reflectance[0, self._bands]
         observed = (image > 0).all(axis=0)
