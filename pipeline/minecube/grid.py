@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pyproj
 import shapely
@@ -21,6 +20,7 @@ from shapely.geometry.base import BaseGeometry
 
 from minecube.catalog import Site
 from minecube.errors import CatalogError
+from minecube.vectors import extract_polygons
 
 PIXEL_M = 10
 ALIGN_M = 60  # coarsest native pixel
@@ -137,7 +137,7 @@ def clean_footprint(shape: BaseGeometry | None) -> BaseGeometry:
     if shape is None or shape.is_empty or not _in_degrees(shape):
         return shapely.Polygon()
     if shape.geom_type not in ("Polygon", "MultiPolygon") or shape.has_z or not shape.is_valid:
-        shape = shapely.union_all(_polygons(shapely.make_valid(shapely.force_2d(shape))))
+        shape = shapely.union_all(extract_polygons(shapely.make_valid(shapely.force_2d(shape))))
     if shape.is_empty:
         return shape
     return split_at_antimeridian(shape)
@@ -146,14 +146,6 @@ def clean_footprint(shape: BaseGeometry | None) -> BaseGeometry:
 def _in_degrees(shape: BaseGeometry) -> bool:
     longitude, latitude = shapely.get_coordinates(shape).T
     return bool((abs(longitude) <= 360).all() and (abs(latitude) <= 90).all())  # False for NaN
-
-
-def _polygons(shape: BaseGeometry) -> list[BaseGeometry]:
-    """List all polygons of a geometry, including those in nested collections."""
-    if shape.geom_type == "Polygon":
-        return [shape]
-    parts = getattr(shape, "geoms", ())
-    return [polygon for part in parts for polygon in _polygons(part)]
 
 
 def split_at_antimeridian(shape: BaseGeometry) -> BaseGeometry:
@@ -167,15 +159,9 @@ def split_at_antimeridian(shape: BaseGeometry) -> BaseGeometry:
     if inside and all(p.bounds[2] - p.bounds[0] <= 180 for p in parts):
         return shape
 
-    def eastward(x: Any, y: Any) -> tuple[Any, Any]:
-        return x + 360 * (x < 0), y
-
-    def westward(x: Any, y: Any) -> tuple[Any, Any]:
-        return x - 360, y
-
-    joined = shapely.transform(shape, eastward, interleaved=False)
+    joined = shapely.transform(shape, lambda x, y: (x + 360 * (x < 0), y), interleaved=False)
     before_180 = joined.intersection(shapely.box(0, -90, 180, 90))
     beyond_180 = joined.intersection(shapely.box(180, -90, 360, 90))
-    beyond_180 = shapely.transform(beyond_180, westward, interleaved=False)
+    beyond_180 = shapely.transform(beyond_180, lambda x, y: (x - 360, y), interleaved=False)
     pieces = [*shapely.get_parts(before_180), *shapely.get_parts(beyond_180)]
     return shapely.MultiPolygon([piece for piece in pieces if piece.area > 0])

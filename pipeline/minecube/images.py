@@ -44,22 +44,10 @@ _DRIVERS = {
     b"\xff\x4f\xff\x51": "JP2OpenJPEG",  # a bare codestream
 }
 _VALUE_BYTES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
+    **dict.fromkeys((1, 2, 6, 7), 1),
+    **dict.fromkeys((3, 8), 2),
+    **dict.fromkeys((4, 9, 11, 13), 4),
+    **dict.fromkeys((5, 10, 12, 16, 17, 18), 8),
 }
 """Type of a TIFF field -> bytes of one value."""
 _DIRECTORIES = 32  # of a TIFF: one per image, overview and mask
@@ -73,9 +61,8 @@ class TooLargeError(ForbiddenError):
 def is_cut(read: Callable[[int, int], bytes], size: int) -> bool:
     """Return whether a file is empty, or a GeoTIFF or JPEG 2000 file cut within its header.
 
-    Args:
-        read: returns the bytes at a position and of a length. With fewer bytes, the check ends.
-        size: of the file, in bytes.
+    `read` returns the bytes at a position and of a length. With fewer bytes, the check ends. `size`
+    is that of the file, in bytes.
     """
     beginning = read(0, SIGNATURE)
     if size < SIGNATURE:

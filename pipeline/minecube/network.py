@@ -267,12 +267,8 @@ def _may_reach_private(origin: str) -> bool:
     addresses = [origin]
     if not _address(origin):
         addresses = _addresses(origin)
-    return bool(addresses) and all(_is_private(address) for address in addresses)
-
-
-def _is_private(address: str) -> bool:
-    ip = _address(address)
-    return ip is not None and not _is_public(ip)
+    ips = [_address(address) for address in addresses]
+    return bool(ips) and all(ip is not None and not _is_public(ip) for ip in ips)
 
 
 def _addresses(host: str) -> list[str]:

@@ -396,9 +396,7 @@ def _parquet_crs(text: str, metadata: Mapping[bytes, bytes]) -> CRS:
 def rename_columns(table: gpd.GeoDataFrame, meanings: Mapping[str, str]) -> gpd.GeoDataFrame:
     """Rename columns to their meaning, ignoring case, and join columns of the same meaning.
 
-    Args:
-        table: rows as read.
-        meanings: name in lower case -> column of that meaning.
+    `meanings` maps a name in lower case to the column of that meaning.
 
     Raises:
         ValueError: two columns have the same meaning, and a row has a value in both.

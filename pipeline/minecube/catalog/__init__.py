@@ -31,15 +31,13 @@ from minecube.catalog.loaders import (
     pick,
 )
 from minecube.catalog.mission import BANDS, FIRST_YEAR, NATIVE_M, SCL
-from minecube.catalog.model import TASKS, ModelCard, Weights
+from minecube.catalog.model import ModelCard, Weights
 from minecube.catalog.recipe import (
     FALLBACKS,
-    LAYERS,
     QUALITY,
     REDUCERS,
     BestPixel,
     BrightOverride,
-    CompositeLayer,
     HazeTest,
     MaskRule,
     Recipe,
@@ -57,17 +55,14 @@ __all__ = [
     "FALLBACKS",
     "FIRST_YEAR",
     "LARGEST_MARGIN_M",
-    "LAYERS",
     "MARGIN_M",
     "NATIVE_M",
     "QUALITY",
     "REDUCERS",
     "SCL",
-    "TASKS",
     "Access",
     "BestPixel",
     "BrightOverride",
-    "CompositeLayer",
     "HazeTest",
     "MaskRule",
     "ModelCard",

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 from anyascii import anyascii
 
+from minecube.catalog.mission import BANDS
+
 LONGEST_NAME = 100
 """Most characters of a name. Files and locks add words to it, and file systems allow 255 bytes."""
 _SAFE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
@@ -21,6 +23,18 @@ def need(condition: object, field: str, expected: str) -> None:
     """Raise FieldError if the condition is false."""
     if not condition:
         raise FieldError(f"field {field!r}: expected {expected}")
+
+
+def check_field(entry: object, field: str, condition: object, expected: str) -> None:
+    """Raise FieldError with the field's value if the condition is false."""
+    need(condition, field, f"{expected}, found {getattr(entry, field)!r}")
+
+
+def need_bands(bands: tuple[str, ...]) -> None:
+    """Raise FieldError unless these are bands of the cube, at least one."""
+    unknown = [band for band in bands if band not in BANDS]
+    found = ", ".join(unknown) or "none"
+    need(bands and not unknown, "bands", f"bands of {', '.join(BANDS)}, found {found}")
 
 
 def need_name(name: str, field: str = "id") -> None:
@@ -37,9 +51,9 @@ def make_id(name: str) -> str:
 
     Blanks become _, letters of other scripts become Latin, and all else becomes _.
 
-    >>> safe_name("Kopalnia Bełża (Nord)")
+    >>> make_id("Kopalnia Bełża (Nord)")
     'Kopalnia_Belza_Nord'
-    >>> safe_name("way/10001")
+    >>> make_id("way/10001")
     'way_10001'
 
     Returns:

@@ -20,6 +20,7 @@ from minecube.catalog.training import TrainingSettings
 from minecube.errors import CatalogError
 
 T = TypeVar("T")
+Entry = TypeVar("Entry", ModelCard, Recipe, Release, Source, TrainingSettings)
 
 _MOST_NAMES = 8
 """Most names listed in an error."""
@@ -37,18 +38,18 @@ def catalog_folder() -> Path:
 def load_sources(path: Path | None = None) -> dict[str, Source]:
     """Load a `sources.yaml`, by id. Raises CatalogError as `load_sites` does."""
     path = Path(path or catalog_folder() / "sources.yaml").resolve()
-    sources = {}
-    for source in _load_entries(Source, path):
+    sources = _load_entries(Source, path)
+    for name, source in sources.items():
         if source.kind != "stac-api":
-            source = dataclasses.replace(source, href=_absolute(source.href, path.parent))
-        sources[source.id] = source
+            href = _absolute(source.href, path.parent)
+            sources[name] = dataclasses.replace(source, href=href)
     return sources
 
 
 def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
     """Load a `recipes.yaml`, by id. Raises CatalogError as `load_sites` does."""
     path = path or catalog_folder() / "recipes.yaml"
-    recipes = {recipe.id: recipe for recipe in _load_entries(Recipe, path)}
+    recipes = _load_entries(Recipe, path)
     for recipe in recipes.values():
         if recipe.reducer not in REDUCERS:
             raise CatalogError(
@@ -68,19 +69,18 @@ def load_releases(path: Path | None = None) -> dict[str, Release]:
 
     Raises CatalogError as `load_sites` does.
     """
-    releases = _load_entries(Release, path or catalog_folder() / "releases.yaml")
-    return {release.id: release for release in releases}
+    return _load_entries(Release, path or catalog_folder() / "releases.yaml")
 
 
 def load_models(path: Path | None = None) -> dict[str, ModelCard]:
     """Load the model cards of a `models.yaml`, by id. Raises CatalogError as `load_sites` does."""
     path = Path(path or catalog_folder() / "models.yaml").resolve()
-    cards = {}
-    for card in _load_entries(ModelCard, path):
+    cards = _load_entries(ModelCard, path)
+    for name, card in cards.items():
         if card.weights:
             href = _absolute(card.weights.href, path.parent)
-            card = dataclasses.replace(card, weights=dataclasses.replace(card.weights, href=href))
-        cards[card.id] = card
+            weights = dataclasses.replace(card.weights, href=href)
+            cards[name] = dataclasses.replace(card, weights=weights)
     return cards
 
 
@@ -89,8 +89,7 @@ def load_presets(path: Path | None = None) -> dict[str, TrainingSettings]:
 
     Raises CatalogError as `load_sites` does.
     """
-    presets = _load_entries(TrainingSettings, path or catalog_folder() / "presets.yaml")
-    return {preset.id: preset for preset in presets}
+    return _load_entries(TrainingSettings, path or catalog_folder() / "presets.yaml")
 
 
 def _absolute(href: str, folder: Path) -> str:
@@ -114,16 +113,17 @@ def pick(entries: Mapping[str, T], name: str, kind: str) -> T:
     return entries[name]
 
 
-def _load_entries(cls: type[T], path: Path) -> list[T]:
-    content = _read_yaml(path)
-    entries = []
-    for name, fields in content.items():
+def _load_entries(cls: type[Entry], path: Path) -> dict[str, Entry]:
+    """Load the entries of a YAML file, by id."""
+    entries = {}
+    for name, fields in _read_yaml(path).items():
         try:
             if not isinstance(fields, Mapping):
                 raise FieldError(f"expected fields, found {type(fields).__name__}")
-            entries.append(build(cls, {"id": str(name), **fields}))
+            entry = build(cls, {"id": str(name), **fields})
         except ValueError as error:
             raise CatalogError(f"{path}: entry {name!r}: {error}") from error
+        entries[entry.id] = entry
     return entries
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minecube.catalog.fields import need, need_name
+from minecube.catalog.fields import check_field, need, need_bands, need_name
 from minecube.catalog.mission import BANDS
 
 TASKS = {"mapping": ("mine",), "change": ("changed", "removed", "new"), "series": ("mine",)}
@@ -34,16 +34,11 @@ class Weights:
     """Standard deviation per band, likewise."""
 
     def __post_init__(self) -> None:
-        need(
-            re.fullmatch("[0-9a-f]{64}", self.sha256),
-            "sha256",
-            f"64 hexadecimal digits, found {self.sha256!r}",
-        )
-        need(
-            len(self.mean) == len(self.std),
-            "std",
-            f"as many numbers as mean ({len(self.mean)}), found {len(self.std)}",
-        )
+        is_sha256 = re.fullmatch("[0-9a-f]{64}", self.sha256)
+        check_field(self, "sha256", is_sha256, "64 hexadecimal digits")
+        means = len(self.mean)
+        stds = len(self.std)
+        need(means == stds, "std", f"as many numbers as mean ({means}), found {stds}")
         need(all(s > 0 for s in self.std), "std", f"numbers above 0, found {list(self.std)}")
 
 
@@ -83,7 +78,7 @@ class ModelCard:
 
     def __post_init__(self) -> None:
         need_name(self.id)
-        need(self.task in TASKS, "task", f"one of {', '.join(TASKS)}, found {self.task!r}")
+        check_field(self, "task", self.task in TASKS, f"one of {', '.join(TASKS)}")
         classes = TASKS[self.task]
         is_subset = self.classes and set(self.classes) <= set(classes)
         need(
@@ -92,23 +87,12 @@ class ModelCard:
             f"some of {', '.join(classes)} for {self.task}, each once, "
             f"found {', '.join(self.classes) or 'none'}",
         )
-        unknown = [band for band in self.bands if band not in BANDS]
-        need(
-            self.bands and not unknown,
-            "bands",
-            f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}",
-        )
-        need(
-            len(set(self.bands)) == len(self.bands),
-            "bands",
-            f"each band once, found {', '.join(self.bands)}",
-        )
-        need(self.multiple_px > 0, "multiple_px", f"pixels above 0, found {self.multiple_px}")
+        need_bands(self.bands)
+        bands = len(self.bands)
+        is_unique = len(set(self.bands)) == bands
+        need(is_unique, "bands", f"each band once, found {', '.join(self.bands)}")
+        check_field(self, "multiple_px", self.multiple_px > 0, "pixels above 0")
         means = len(self.weights.mean) if self.weights else 0
-        need(
-            means in (0, len(self.bands)),
-            "mean",
-            f"a number for each of {len(self.bands)} bands, found {means}",
-        )
-        fits_px = self.window_px > 0 and self.window_px % self.multiple_px == 0
-        need(fits_px, "window_px", f"a multiple of {self.multiple_px}, found {self.window_px}")
+        need(means in (0, bands), "mean", f"a number for each of {bands} bands, found {means}")
+        fits = self.window_px > 0 and self.window_px % self.multiple_px == 0
+        check_field(self, "window_px", fits, f"a multiple of {self.multiple_px}")

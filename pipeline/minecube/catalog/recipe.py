@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minecube.catalog.fields import need, need_months
+from minecube.catalog.fields import check_field, need, need_bands, need_months
 from minecube.catalog.mission import BANDS
 
 FALLBACKS = {"ungrown": 2, "thin": 3, "cloud": 4, "wider-season": 5, "neighbour-year": 6}
@@ -64,20 +64,14 @@ class MaskRule:
     """Calendar months of the rule: snow may be the ground in January, but not in July."""
 
     def __post_init__(self) -> None:
-        need(
-            self.classes and all(1 <= c <= 11 for c in self.classes),
-            "classes",
-            f"SCL 1..11, found {self.classes}",
-        )
+        _check_classes(self)
         need_months("months", self.months)
-        _need_radius("open_m", self.open_m, 500)
-        _need_radius("dilate_m", self.dilate_m, 1000)
-
-
-def _need_radius(field: str, metres: int, largest: int) -> None:
-    """Raise FieldError for a radius that is too large, or no multiple of SCL's pixel."""
-    fits = 0 <= metres <= largest and metres % 20 == 0
-    need(fits, field, f"multiples of the 20 m of SCL's pixels up to {largest}, found {metres}")
+        for field, metres, largest in (
+            ("open_m", self.open_m, 500),
+            ("dilate_m", self.dilate_m, 1000),
+        ):
+            fits = 0 <= metres <= largest and metres % 20 == 0
+            check_field(self, field, fits, f"multiples of the 20 m of SCL's pixels up to {largest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +88,16 @@ class BrightOverride:
     """Half width of the surroundings."""
 
     def __post_init__(self) -> None:
-        need(
-            self.classes and all(1 <= c <= 11 for c in self.classes),
-            "classes",
-            f"SCL 1..11, found {self.classes}",
-        )
-        need(0 < self.flagged <= 1, "flagged", f"a share above 0 and up to 1, found {self.flagged}")
-        need(0 <= self.around < 1, "around", f"a share from 0 to below 1, found {self.around}")
-        need(0 < self.window_m <= 5000, "window_m", f"1..5000 metres, found {self.window_m}")
+        _check_classes(self)
+        check_field(self, "flagged", 0 < self.flagged <= 1, "a share above 0 and up to 1")
+        check_field(self, "around", 0 <= self.around < 1, "a share from 0 to below 1")
+        check_field(self, "window_m", 0 < self.window_m <= 5000, "1..5000 metres")
+
+
+def _check_classes(rule: MaskRule | BrightOverride) -> None:
+    """Raise FieldError unless the classes of a rule are those of SCL."""
+    fits = rule.classes and all(1 <= c <= 11 for c in rule.classes)
+    check_field(rule, "classes", fits, "SCL 1..11")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +116,9 @@ class HazeTest:
 
     def __post_init__(self) -> None:
         for field, value in (("excess", self.excess), ("date_excess", self.date_excess)):
-            need(
-                value is None or 0 < value < 1,
-                field,
-                f"a reflectance above 0 and below 1, found {value}",
-            )
-        need(0 < self.window_m <= 500, "window_m", f"1..500 metres, found {self.window_m}")
+            fits = value is None or 0 < value < 1
+            check_field(self, field, fits, "a reflectance above 0 and below 1")
+        check_field(self, "window_m", 0 < self.window_m <= 500, "1..500 metres")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,24 +139,14 @@ class BestPixel:
     sharpness_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        need(1 <= self.day <= 366, "day", f"1..366, found {self.day}")
-        need(self.day_spread > 0, "day_spread", f"days above 0, found {self.day_spread}")
-        need(
-            0 < self.cloud_distance_m <= 2000,
-            "cloud_distance_m",
-            f"metres above 0 up to 2000, found {self.cloud_distance_m}",
-        )
-        need(
-            0 < self.opacity < 1,
-            "opacity",
-            f"a reflectance above 0 and below 1, found {self.opacity}",
-        )
+        check_field(self, "day", 1 <= self.day <= 366, "1..366")
+        check_field(self, "day_spread", self.day_spread > 0, "days above 0")
+        is_near = 0 < self.cloud_distance_m <= 2000
+        check_field(self, "cloud_distance_m", is_near, "metres above 0 up to 2000")
+        check_field(self, "opacity", 0 < self.opacity < 1, "a reflectance above 0 and below 1")
         weights = (self.day_weight, self.cloud_weight, self.opacity_weight, self.sharpness_weight)
-        need(
-            min(weights) >= 0 and sum(weights) > 0,
-            "day_weight",
-            f"weights of 0 or more, one above 0, found {weights}",
-        )
+        fits = min(weights) >= 0 and sum(weights) > 0
+        need(fits, "day_weight", f"weights of 0 or more, one above 0, found {weights}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +159,9 @@ class Registration:
     """record, drop or shift: record the shift, drop the scene, or shift it back."""
 
     def __post_init__(self) -> None:
-        need(0 < self.most_px <= 5, "most_px", f"pixels above 0 up to 5, found {self.most_px}")
-        need(
-            self.beyond in ("record", "drop", "shift"),
-            "beyond",
-            f"record, drop or shift, found {self.beyond!r}",
-        )
+        check_field(self, "most_px", 0 < self.most_px <= 5, "pixels above 0 up to 5")
+        is_known = self.beyond in ("record", "drop", "shift")
+        check_field(self, "beyond", is_known, "record, drop or shift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,37 +211,20 @@ class Recipe:
     """Side of a Zarr chunk, the smallest unit of reading."""
 
     def __post_init__(self) -> None:
-        unknown = [b for b in self.bands if b not in BANDS]
-        need(
-            self.bands and not unknown,
-            "bands",
-            f"bands of {', '.join(BANDS)}, found {', '.join(unknown) or 'none'}",
-        )
-        need(
-            list(self.bands) == [b for b in BANDS if b in self.bands],
-            "bands",
-            f"in the order {', '.join(BANDS)}, each once",
-        )
+        need_bands(self.bands)
+        in_order = list(self.bands) == [band for band in BANDS if band in self.bands]
+        need(in_order, "bands", f"in the order {', '.join(BANDS)}, each once")
         need_months("months", self.months)
-        need(
-            0 < self.max_cloud_cover <= 100,
-            "max_cloud_cover",
-            f"percent above 0, found {self.max_cloud_cover}",
-        )
-        need(self.min_dates >= 1, "min_dates", f"1 or more, found {self.min_dates}")
+        is_percent = 0 < self.max_cloud_cover <= 100
+        check_field(self, "max_cloud_cover", is_percent, "percent above 0")
+        check_field(self, "min_dates", self.min_dates >= 1, "1 or more")
         self._check_mask()
         self._check_reducer()
         fits = self.chunk_px > 0 and self.block_px > 0 and self.block_px % self.chunk_px == 0
-        need(
-            fits,
-            "block_px",
-            f"a multiple of chunk_px, both above 0, found {self.block_px} and {self.chunk_px}",
-        )
-        need(
-            self.block_px % 8 == 0,
-            "block_px",
-            f"a multiple of 8, so that 20 m pixels are whole, found {self.block_px}",
-        )
+        sides = f"{self.block_px} and {self.chunk_px}"
+        need(fits, "block_px", f"a multiple of chunk_px, both above 0, found {sides}")
+        expected = "a multiple of 8, so that 20 m pixels are whole"
+        check_field(self, "block_px", self.block_px % 8 == 0, expected)
 
     def _check_mask(self) -> None:
         fits = not self.haze or {"B02", "B04"} <= set(self.bands)
@@ -269,71 +232,39 @@ class Recipe:
         if self.bright_override:
             hidden = {c for rule in self.mask for c in rule.classes}
             visible = sorted(set(self.bright_override.classes) - hidden)
-            need(
-                not visible,
-                "bright_override",
-                f"classes hidden by a mask rule, found {visible}",
-            )
-        unknown = [s for s in self.fallback if s not in FALLBACKS]
-        expected = f"steps of {', '.join(FALLBACKS)}, each once"
-        need(
-            not unknown and len(set(self.fallback)) == len(self.fallback),
-            "fallback",
-            f"{expected}, found {self.fallback}",
-        )
+            need(not visible, "bright_override", f"classes hidden by a mask rule, found {visible}")
+        is_unique = len(set(self.fallback)) == len(self.fallback)
+        fits = is_unique and set(self.fallback) <= FALLBACKS.keys()
+        check_field(self, "fallback", fits, f"steps of {', '.join(FALLBACKS)}, each once")
         wider = "wider-season" in self.fallback
         need_months("wider_months", self.wider_months, at_least=int(wider))
-        need(
-            wider or not self.wider_months,
-            "wider_months",
-            "the step wider-season in fallback, or no months",
-        )
+        expected = "the step wider-season in fallback, or no months"
+        need(wider or not self.wider_months, "wider_months", expected)
         repeated = sorted(set(self.wider_months) & set(self.months))
-        need(
-            not repeated,
-            "wider_months",
-            f"months that are not in months already, found {repeated}",
-        )
+        expected = f"months that are not in months already, found {repeated}"
+        need(not repeated, "wider_months", expected)
         adding = {"ungrown", "wider-season", "neighbour-year"} & set(self.fallback)
         fits = self.min_clear == 1 or (self.min_clear > 1 and bool(adding))
-        need(
-            fits,
-            "min_clear",
-            "1, or more and a fallback of ungrown, wider-season or neighbour-year, "
-            f"found {self.min_clear}",
-        )
+        expected = "1, or more and a fallback of ungrown, wider-season or neighbour-year"
+        check_field(self, "min_clear", fits, expected)
         limit = self.max_clear_observations
-        need(
-            limit is None or limit >= max(3, self.min_clear),
-            "max_clear_observations",
-            f"at least 3 and min_clear, or null for all, found {limit}",
-        )
+        fits = limit is None or limit >= max(3, self.min_clear)
+        expected = "at least 3 and min_clear, or null for all"
+        check_field(self, "max_clear_observations", fits, expected)
 
     def _check_reducer(self) -> None:
-        need(
-            self.reducer in (*REDUCERS, *REMOVED_REDUCERS),
-            "reducer",
-            f"one of {', '.join(REDUCERS)}, found {self.reducer!r}",
-        )
+        is_known = self.reducer in (*REDUCERS, *REMOVED_REDUCERS)
+        check_field(self, "reducer", is_known, f"one of {', '.join(REDUCERS)}")
         for name in ("percentile", "best_pixel"):
             reducer = name.replace("_", "-")
             is_set = getattr(self, name) is not None
-            need(
-                is_set == (self.reducer == reducer),
-                name,
-                f"a value with reducer {reducer}, and with no other",
-            )
-        need(
-            self.percentile is None or 0 <= self.percentile <= 100,
-            "percentile",
-            f"0..100, found {self.percentile}",
-        )
+            expected = f"a value with reducer {reducer}, and with no other"
+            need(is_set == (self.reducer == reducer), name, expected)
+        fits = self.percentile is None or 0 <= self.percentile <= 100
+        check_field(self, "percentile", fits, "0..100")
         needed = {"max-ndvi": {"B04", "B08"}, "best-pixel": {"B02", "B04"}}.get(self.reducer, set())
-        need(
-            needed <= set(self.bands),
-            "bands",
-            f"{' and '.join(sorted(needed))} for reducer {self.reducer}",
-        )
+        expected = f"{' and '.join(sorted(needed))} for reducer {self.reducer}"
+        need(needed <= set(self.bands), "bands", expected)
 
     @property
     def layers(self) -> dict[str, CompositeLayer]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minecube.catalog.fields import need
+from minecube.catalog.fields import check_field, need
 from minecube.catalog.mission import BANDS
 
 
@@ -34,7 +34,7 @@ class Release:
     """Published standard deviation of each band, too small by the factor sqrt(2) by mistake."""
 
     def __post_init__(self) -> None:
-        need(self.sites > 0, "sites", f"above 0, found {self.sites}")
+        check_field(self, "sites", self.sites > 0, "above 0")
         need(bool(self.years), "years", "at least one year, found none")
         for name in ("band_mean", "band_std"):
             count = len(getattr(self, name))

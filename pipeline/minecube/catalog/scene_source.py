@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from minecube.catalog.fields import need
+from minecube.catalog.fields import check_field, need
 from minecube.catalog.mission import BANDS, NATIVE_M, SCL
 
 _COMMON_NAMES = (
@@ -53,12 +53,9 @@ class Offset:
 
     def __post_init__(self) -> None:
         fits = self.own is None or self.own == "declared" or isinstance(self.own, int)
-        need(fits, "own", f"a number or declared, found {self.own!r}")
-        need(
-            re.fullmatch(r"\d\d\.\d\d", self.from_baseline),
-            "from_baseline",
-            f"NN.NN, found {self.from_baseline!r}",
-        )
+        check_field(self, "own", fits, "a number or declared")
+        is_baseline = re.fullmatch(r"\d\d\.\d\d", self.from_baseline)
+        check_field(self, "from_baseline", is_baseline, "NN.NN")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,42 +85,27 @@ class Access:
 
     def __post_init__(self) -> None:
         kinds = ("plain", "planetary-computer", "s3")
-        need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
-        need(
-            self.kind != "planetary-computer" or self.href,
-            "href",
-            "the URL of the token service, found none",
-        )
-        need(
-            self.kind == "s3" or not (self.region or self.anonymous),
-            "region",
-            f"kind s3 for this field, found {self.kind!r}",
-        )
-        need(
-            not self.href or re.match("https?://", self.href), "href", f"a URL, found {self.href!r}"
-        )
-        signs = self.kind != "plain" and not self.anonymous
+        check_field(self, "kind", self.kind in kinds, f"one of {', '.join(kinds)}")
+        has_service = self.kind != "planetary-computer" or self.href
+        need(has_service, "href", "the URL of the token service, found none")
+        fits = self.kind == "s3" or not (self.region or self.anonymous)
+        need(fits, "region", f"kind s3 for this field, found {self.kind!r}")
+        check_field(self, "href", not self.href or re.match("https?://", self.href), "a URL")
+        fits = (self.kind != "plain" and not self.anonymous) or not self.credentials_for
         names = ", ".join(self.credentials_for)
-        need(
-            signs or not self.credentials_for,
-            "credentials_for",
-            f"no names where nothing is signed, found {names}",
-        )
+        need(fits, "credentials_for", f"no names where nothing is signed, found {names}")
         bare = all(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) for name in self.credentials_for
         )
         need(bare, "credentials_for", f"bare names such as files.example.org, found {names}")
-        need(1 <= self.connections <= 256, "connections", f"1..256, found {self.connections}")
+        check_field(self, "connections", 1 <= self.connections <= 256, "1..256")
 
     def hosts(self) -> frozenset[str]:
         """Return the host of the service or endpoint, and the hosts allowed to see a token."""
-        service = urlsplit(self.href or "").hostname
-        hosts = set()
-        if service:
-            hosts.add(service)
+        hosts = {urlsplit(self.href or "").hostname or ""}
         if self.kind == "planetary-computer":
             hosts.update(self.credentials_for)
-        return frozenset(hosts)
+        return frozenset(hosts - {""})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,28 +138,19 @@ class Source:
 
     def __post_init__(self) -> None:
         kinds = ("stac-api", "stac-geoparquet")
-        need(self.kind in kinds, "kind", f"one of {', '.join(kinds)}, found {self.kind!r}")
-        names = {*BANDS, SCL}
-        need(
-            set(self.assets) <= names,
-            "assets",
-            f"bands of {', '.join([*BANDS, SCL])}, found {', '.join(self.assets)}",
-        )
-        need(
-            not self.assets or SCL in self.assets,
-            "assets",
-            f"an entry for {SCL} (the mask), found {', '.join(self.assets)}",
-        )
-        sizes = set(self.resolution_m) <= names and set(self.resolution_m.values()) <= {10, 20}
+        check_field(self, "kind", self.kind in kinds, f"one of {', '.join(kinds)}")
+        names = (*BANDS, SCL)
+        found = ", ".join(self.assets)
+        fits = set(self.assets) <= set(names)
+        need(fits, "assets", f"bands of {', '.join(names)}, found {found}")
+        has_mask = not self.assets or SCL in self.assets
+        need(has_mask, "assets", f"an entry for {SCL} (the mask), found {found}")
+        sizes = set(self.resolution_m) <= set(names) and set(self.resolution_m.values()) <= {10, 20}
         need(sizes, "resolution_m", f"10 or 20 metres by band, found {dict(self.resolution_m)}")
-        need(self.tile_px > 0, "tile_px", f"pixels above 0, found {self.tile_px}")
-        need(
-            0 < self.searches_per_s <= 100,
-            "searches_per_s",
-            f"above 0 and up to 100, found {self.searches_per_s}",
-        )
-        fits = self.since is None or re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", self.since)
-        need(fits, "since", f"a month YYYY-MM in quotes, found {self.since!r}")
+        check_field(self, "tile_px", self.tile_px > 0, "pixels above 0")
+        check_field(self, "searches_per_s", 0 < self.searches_per_s <= 100, "above 0 and up to 100")
+        is_month = self.since is None or re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", self.since)
+        check_field(self, "since", is_month, "a month YYYY-MM in quotes")
 
     def bands(self) -> tuple[str, ...]:
         """Return the bands named in `assets`; all bands if `assets` is empty."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import shapely
 from shapely.geometry.base import BaseGeometry
 
-from minecube.catalog.fields import need, need_name
+from minecube.catalog.fields import check_field, need, need_name
 
 MARGIN_M = 1000
 """Default margin in metres around polygons of a user's file.
@@ -40,25 +40,18 @@ class Site:
         need_name(self.id)
         number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
         fits = number and 0 <= self.margin <= LARGEST_MARGIN_M
-        need(fits, "margin", f"metres from 0 to {LARGEST_MARGIN_M}, found {self.margin!r}")
-        need(
-            self.split in (None, "train", "val", "test"),
-            "split",
-            f"train, val, test or null, found {self.split!r}",
-        )
+        check_field(self, "margin", fits, f"metres from 0 to {LARGEST_MARGIN_M}")
+        is_known = self.split in (None, "train", "val", "test")
+        check_field(self, "split", is_known, "train, val, test or null")
         if self.geometry is not None:
             kind = self.geometry.geom_type
             need(kind in ("Polygon", "MultiPolygon"), "geometry", f"a polygon, found {kind}")
             need(not self.geometry.is_empty, "geometry", "a polygon with area, found an empty one")
-            need(
-                self.geometry.is_valid,
-                "geometry",
-                f"a valid polygon, found {shapely.is_valid_reason(self.geometry)}",
-            )
-            west, south, east, north = self.geometry.bounds
+            reason = shapely.is_valid_reason(self.geometry)
+            is_valid = reason == "Valid Geometry"
+            need(is_valid, "geometry", f"a valid polygon, found {reason}")
+            bounds = self.geometry.bounds
+            west, south, east, north = bounds
             in_degrees = west >= -180 and east <= 180 and south >= -90 and north <= 90
-            need(
-                in_degrees,
-                "geometry",
-                f"longitude and latitude in degrees, found bounds {self.geometry.bounds}",
-            )
+            expected = f"longitude and latitude in degrees, found bounds {bounds}"
+            need(in_degrees, "geometry", expected)

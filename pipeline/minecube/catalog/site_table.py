@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,13 @@ from minecube.catalog.fields import make_id, need
 from minecube.catalog.loaders import catalog_folder
 from minecube.catalog.site import MARGIN_M, Site
 from minecube.errors import CatalogError
-from minecube.vectors import extract_polygons_of_collections, read_vector, rename_columns, to_texts
+from minecube.vectors import (
+    extract_polygons,
+    extract_polygons_of_collections,
+    read_vector,
+    rename_columns,
+    to_texts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -187,8 +194,7 @@ def _shapes_of(
 def _repair(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometry | None:
     if shape is None or shape.is_valid:
         return shape
-    parts = shapely.get_parts(shapely.make_valid(shape, method="structure"))
-    polygons = [part for part in parts if part.geom_type in ("Polygon", "MultiPolygon")]
+    polygons = extract_polygons(shapely.make_valid(shape, method="structure"))
     log.warning(
         "%s: site %s: its polygon was invalid (%s) and has been repaired; check the result",
         path,
@@ -250,12 +256,10 @@ def _site_of(
 
 def _parse_margin(value: Any) -> Any:
     """Convert text and decimals to a number; other values stay."""
-    if not isinstance(value, str | Decimal):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
+    with contextlib.suppress(ValueError):
+        if isinstance(value, str | Decimal):
+            return float(value)
+    return value
 
 
 def _parse_years(value: Any) -> tuple[int, ...]:

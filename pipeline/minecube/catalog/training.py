@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minecube.catalog.fields import need, need_name
+from minecube.catalog.fields import check_field, need, need_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,41 +70,20 @@ class TrainingSettings:
         need_name(self.id)
         for name in ("window_px", "step_px", "windows", "epochs", "patience", "valid_windows"):
             value = getattr(self, name)
-            need(value is None or value > 0, name, f"1 or more, found {value}")
-        need(
-            self.batch > 1,
-            "batch",
-            f"2 or more (statistics over a batch need two), found {self.batch}",
-        )
+            check_field(self, name, value is None or value > 0, "1 or more")
+        check_field(self, "batch", self.batch > 1, "2 or more (statistics over a batch need two)")
         need(min(self.gaps, default=1) > 0, "gaps", f"years above 0, found {list(self.gaps)}")
-        need(0 <= self.rare <= 1, "rare", f"a share of 0..1, found {self.rare}")
-        need(
-            0 <= self.year_dropout < 1,
-            "year_dropout",
-            f"a share of 0..1, below 1, found {self.year_dropout}",
-        )
-        need(
-            not (self.step_px and self.rare),
-            "rare",
-            f"0 with step_px, found {self.rare}",
-        )
-        need(0 <= self.jitter <= 0.2, "jitter", f"0..0.2, found {self.jitter}")
-        need(
-            self.optimiser in ("adam", "adamw"),
-            "optimiser",
-            f"adam or adamw, found {self.optimiser!r}",
-        )
-        need(
-            self.schedule in ("one-cycle", "constant"),
-            "schedule",
-            f"one-cycle or constant, found {self.schedule!r}",
-        )
-        need(self.learning_rate > 0, "learning_rate", f"above 0, found {self.learning_rate}")
-        need(self.positive_weight > 0, "positive_weight", f"above 0, found {self.positive_weight}")
+        check_field(self, "rare", 0 <= self.rare <= 1, "a share of 0..1")
+        check_field(self, "year_dropout", 0 <= self.year_dropout < 1, "a share of 0..1, below 1")
+        check_field(self, "rare", not (self.step_px and self.rare), "0 with step_px")
+        check_field(self, "jitter", 0 <= self.jitter <= 0.2, "0..0.2")
+        is_known = self.optimiser in ("adam", "adamw")
+        check_field(self, "optimiser", is_known, "adam or adamw")
+        is_known = self.schedule in ("one-cycle", "constant")
+        check_field(self, "schedule", is_known, "one-cycle or constant")
+        for name in ("learning_rate", "positive_weight"):
+            check_field(self, name, getattr(self, name) > 0, "above 0")
         for name in ("weight_decay", "focal", "dice"):
-            need(getattr(self, name) >= 0, name, f"0 or more, found {getattr(self, name)}")
-        need(
-            set(self.bf16) <= {"cpu", "cuda"},
-            "bf16",
-            f"some of cpu, cuda, found {', '.join(self.bf16)}",
-        )
+            check_field(self, name, getattr(self, name) >= 0, "0 or more")
+        is_known = set(self.bf16) <= {"cpu", "cuda"}
+        need(is_known, "bf16", f"some of cpu, cuda, found {', '.join(self.bf16)}")

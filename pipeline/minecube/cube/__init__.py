@@ -53,7 +53,7 @@ from minecube.cube.store import Store, list_sites
 from minecube.cube.verify import UNFINISHED, Finding, Report, named_sites, verify
 from minecube.cube.write.labels import write_footprint
 from minecube.cube.write.options import BuildOptions
-from minecube.cube.write.pack import Packing, pack
+from minecube.cube.write.pack import pack
 from minecube.cube.write.predictions import Prediction, write_prediction, write_probability
 from minecube.cube.write.sites import check_site, create_site, read_margin
 from minecube.cube.write.staging import has_unfinished_build, read_initial_counts
@@ -65,7 +65,6 @@ __all__ = [
     "BuildOptions",
     "CubeDataset",
     "Finding",
-    "Packing",
     "Prediction",
     "Report",
     "Store",

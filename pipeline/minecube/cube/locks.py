@@ -23,10 +23,10 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import obstore.exceptions
 
@@ -46,23 +46,19 @@ WAIT_S = 120.0
 _POLL_S = 0.05
 
 
-class Lock(Protocol):
-    """A lock held by this run."""
+class Lock:
+    """A lock held by this run. A flock is lost only with its process."""
 
     def check(self) -> None:
-        """Raise BusyError if another run has taken over the lock."""
+        """Raise BusyError if another run has taken over the lock. No run can take over a flock."""
 
 
-@contextmanager
-def hold(store: Store, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
+def hold(store: Store, name: str, *, wait_s: float = 0.0) -> AbstractContextManager[Lock]:
     """Keep a lock of a store: a lease in an object store, a file lock in a folder.
 
-    Yields the lock, to check before a commit that it is still held.
-
-    Args:
-        store: the cubes.
-        name: path of the group or part in the store that only one run may write.
-        wait_s: seconds to wait for another holder; 0 fails at once.
+    Yields the lock, to check before a commit that it is still held. `name` is the path of the group
+    or part in the store that only one run may write. `wait_s` is the time to wait for another
+    holder, in seconds; 0 fails at once.
 
     Raises:
         BusyError: another run holds the lock.
@@ -70,15 +66,11 @@ def hold(store: Store, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
         OSError: the lock cannot be written.
     """
     if store.path is None:
-        with _hold_lease(store, name, wait_s) as lock:
-            yield lock
-    else:
-        with _hold_file(store.path, name, wait_s) as lock:
-            yield lock
+        return _hold_lease(store, name, wait_s)
+    return _hold_file(store.path, name, wait_s)
 
 
 def _busy(store: object, name: str, holder: dict[str, Any]) -> BusyError:
-    """Return the error for a lock held by another run."""
     process, host, since = (holder.get(entry, "?") for entry in ("process", "host", "since"))
     return BusyError(
         f"{store}: {name} is being written by another run (process {process} on {host}, since "
@@ -87,13 +79,11 @@ def _busy(store: object, name: str, holder: dict[str, Any]) -> BusyError:
 
 
 def _describe_run() -> dict[str, Any]:
-    """Describe this run for a lock's content."""
-    since = datetime.now(tz=UTC).isoformat(timespec="seconds")
     return {
         "owner": secrets.token_hex(8),
         "host": socket.gethostname(),
         "process": os.getpid(),
-        "since": since,
+        "since": datetime.now(tz=UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -107,13 +97,6 @@ def _parse(content: bytes) -> dict[str, Any]:
 
 
 # Folders
-
-
-class _FileLock:
-    """A flock. It is lost only with its process."""
-
-    def check(self) -> None:
-        """Do nothing: no run can take over a flock."""
 
 
 _open_files: set[int] = set()
@@ -147,7 +130,7 @@ def _hold_file(folder: Path, name: str, wait_s: float) -> Iterator[Lock]:
     try:
         os.truncate(file, 0)
         os.pwrite(file, json.dumps(_describe_run()).encode(), 0)
-        yield _FileLock()
+        yield Lock()
     finally:
         # Remove the name before the lock. A waiting run notices this and opens the file again.
         path.unlink(missing_ok=True)
@@ -196,7 +179,7 @@ def _tag_of(meta: Any) -> dict[str, str]:
     return {name: str(meta[name]) for name in ("e_tag", "version") if meta.get(name) is not None}
 
 
-class _Lease:
+class _Lease(Lock):
     """A lease object, renewed by a thread until release."""
 
     def __init__(self, store: Store, name: str) -> None:
@@ -214,13 +197,13 @@ class _Lease:
         self._count += 1  # each renewal has other content and therefore another tag
         return json.dumps({**self.holder, "renewed": self._count}).encode()
 
-    def _read(self) -> tuple[dict[str, str], dict[str, Any]] | None:
-        """Return tag and content of the current lease; None if there is no lease."""
+    def _read(self) -> tuple[dict[str, str] | None, dict[str, Any]]:
+        """Return tag and content of the current lease; None and no content without a lease."""
         try:
             stored = self.objects.get(self.key)
             return _tag_of(stored.meta), _parse(bytes(stored.bytes()))
         except FileNotFoundError:
-            return None
+            return None, {}
 
     def _try_put(self, mode: Any) -> bool:
         """Write the lease under a condition. Returns whether this run holds it now.
@@ -236,10 +219,10 @@ class _Lease:
             obstore.exceptions.PreconditionError,
             FileNotFoundError,
         ):
-            lease = self._read()
-            if lease is None or not self._is_owner(lease[1]):
+            tag, holder = self._read()
+            if tag is None or not self._is_owner(holder):
                 return False
-            self.tag = lease[0]
+            self.tag = tag
         return True
 
     def _is_owner(self, holder: dict[str, Any]) -> bool:
@@ -252,10 +235,9 @@ class _Lease:
         watched: dict[str, str] = {}
         since = time.monotonic()
         while not self._try_put("create"):
-            lease = self._read()
-            if lease is None:
+            tag, holder = self._read()
+            if tag is None:
                 continue
-            tag, holder = lease
             if tag != watched:
                 renewed = bool(watched)
                 watched = tag
@@ -285,8 +267,7 @@ class _Lease:
 
     def check(self) -> None:
         """Raise BusyError if another run has taken over the lease."""
-        lease = self._read()
-        holder = {} if lease is None else lease[1]
+        _, holder = self._read()
         if not self._is_owner(holder):
             raise _busy(self.store, self.name, holder)
 
@@ -295,8 +276,8 @@ class _Lease:
         self._released.set()
         self._thread.join()
         with contextlib.suppress(obstore.exceptions.BaseError, OSError):  # the lease then expires
-            lease = self._read()
-            if lease is not None and self._is_owner(lease[1]):
+            _, holder = self._read()
+            if self._is_owner(holder):
                 self.objects.delete(self.key)
 
 

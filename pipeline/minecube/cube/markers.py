@@ -115,12 +115,8 @@ def is_committed(
 ) -> bool:
     """Whether this build is committed; False if another committed build may be replaced.
 
-    Args:
-        store: the cubes.
-        provenance: origin of the build (`describe_build`).
-        overwrite: allow replacing another build of the year, or the same build with too few reads.
-        completeness: with `overwrite`, minimum share of planned reads for the same build to be
-            kept.
+    `provenance` is as from `describe_build`. `overwrite` allows replacing another build of the year,
+    or the same build with a smaller share of its planned reads than `completeness`.
 
     Raises:
         StaleError: the year is committed with another build, and `overwrite` is False.

@@ -189,7 +189,7 @@ class Objects:
         """Yield batches of path and size."""
         yield [{"path": key, "size": member.size} for key, member in members(self.path).items()]
 
-    def list_with_delimiter(self, prefix: str = "") -> Mapping[str, Any]:
+    def list_with_delimiter(self, prefix: str) -> Mapping[str, Any]:
         """Return the folders right below a prefix, in obstore's form."""
         root = f"{prefix}/" if prefix else ""
         folders = set()

@@ -47,7 +47,6 @@ def describe_grid(grid: GeoBox) -> dict[str, Any]:
 
 
 def _describe_scene(scene: Any) -> dict[str, Any]:
-    """Return a scene's entry in a provenance."""
     return {
         "id": scene.id,
         "source": scene.properties["minecube:source"],
@@ -101,10 +100,7 @@ def note_copies(
 ) -> None:
     """Note copies, read from other sources, in a provenance.
 
-    Args:
-        provenance: as from `describe_build`.
-        copies: scene id -> its copy.
-        why: scene id -> its missing file.
+    `copies` maps the id of a scene to its copy, and `why` maps it to the scene's missing file.
     """
     leave_out(provenance, {scene_id: why[scene_id] for scene_id in copies})
     entries = [{**_describe_scene(copy), COPY_OF: scene_id} for scene_id, copy in copies.items()]

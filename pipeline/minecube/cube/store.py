@@ -119,6 +119,11 @@ class Store:
             return self.client()
         return LocalStore(self.path)
 
+    def list_folders(self, path: str) -> list[str]:
+        """List the names of the folders right below a path."""
+        folders = self.open_objects().list_with_delimiter(path)["common_prefixes"]
+        return [folder.rstrip("/").rpartition("/")[2] for folder in folders]
+
     def has_objects(self, path: str) -> bool:
         """Whether any object lies below a path."""
         if self.path is not None and not self.path.exists():
@@ -178,6 +183,13 @@ class Store:
         with self.reading(path):
             return zarr.open_group(self.open_zarr(), path=path, mode=mode, use_consolidated=False)
 
+    def read_attributes(self, path: str) -> dict[str, Any]:
+        """Return the attributes of a group; empty if it is missing or damaged."""
+        with contextlib.suppress(CubeError):
+            group = self.find_group(path)
+            return {} if group is None else dict(group.attrs)
+        return {}
+
     def open_site(self, site_id: str, mode: str = "r") -> zarr.Group:
         """Open a site's group.
 
@@ -221,8 +233,8 @@ class Store:
             )
         else:
             group.attrs.put(dict(attributes))
-        for child in self.open_objects().list_with_delimiter(path)["common_prefixes"]:
-            del group[child.rstrip("/").rpartition("/")[2]]
+        for child in self.list_folders(path):
+            del group[child]
 
     # Errors
 
@@ -326,17 +338,13 @@ def list_sites(store: Store) -> list[str]:
     raw = store.open_objects()
     names = []
     with store.reading(""):
-        for path in sorted(raw.list_with_delimiter()["common_prefixes"]):
-            name = path.rstrip("/")
+        for name in sorted(store.list_folders("")):
             try:
                 content = bytes(raw.get(f"{name}/zarr.json").bytes())
             except FileNotFoundError:
                 continue
-            description = (
-                json.loads(content)
-                .get("attributes", {})
-                .get(DESCRIPTION, {"format": UNFINISHED_FORMAT})
-            )
-            if description != {"format": UNFINISHED_FORMAT}:
+            unfinished = {"format": UNFINISHED_FORMAT}
+            attrs = json.loads(content).get("attributes", {})
+            if attrs.get(DESCRIPTION, unfinished) != unfinished:
                 names.append(name)
     return names

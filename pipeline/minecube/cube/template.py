@@ -15,7 +15,7 @@ from affine import Affine
 from odc.geo.geobox import GeoBox
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from minecube.catalog import QUALITY, Recipe
+from minecube.catalog import QUALITY, Recipe, rebuild_recipe
 from minecube.codes import BACKGROUND, MINE, UNKNOWN
 from minecube.cube.store import DESCRIPTION, Store
 from minecube.digests import sha256_of_json
@@ -103,6 +103,19 @@ def fill_of(dtype: Any) -> float:
     return float("nan") if np.dtype(dtype).kind == "f" else 0
 
 
+def write_template(empty: xr.Dataset, target: Any, group: str, encoding: Mapping[str, Any]) -> None:
+    """Write a dataset's metadata and coordinates, without pixels, into a group of a Zarr store."""
+    empty.to_zarr(
+        target,
+        group=group,
+        mode="a",
+        compute=False,
+        consolidated=False,
+        zarr_format=3,
+        encoding=encoding,
+    )
+
+
 def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
     """Return a variable's chunks, shards and fill value. A shard is one block of all bands."""
     lead = variable.shape[1:-2]
@@ -117,6 +130,17 @@ def encoding_of(variable: xr.DataArray, recipe: Recipe) -> dict[str, Any]:
         # LZ4 has no checksum. Without CRC-32C, a flipped bit would be read as pixels.
         "compressors": (BloscCodec(cname="lz4hc", clevel=5, shuffle=shuffle), Crc32cCodec()),
     }
+
+
+def layout_of(array: zarr.Array) -> dict[str, Any]:
+    """Return type, chunks, shards, fill value and codecs of an array, to create another one."""
+    names = ("dtype", "chunks", "shards", "fill_value", "compressors")
+    return {name: getattr(array, name) for name in names}
+
+
+def built_variables(group: zarr.Group) -> tuple[str, ...]:
+    """Return the variables of a site that builds write."""
+    return ("reflectance", *rebuild_recipe(group.attrs[DESCRIPTION]["recipe"]).layers)
 
 
 def hash_array(metadata: Mapping[str, Any]) -> str:
@@ -189,7 +213,6 @@ def describe_location(grid: GeoBox) -> dict[str, Any]:
 
 
 def _convention(repository: str, name: str, uuid: str, description: str) -> dict[str, str]:
-    """Return a reference to version 1 of a convention."""
     raw = f"https://raw.githubusercontent.com/zarr-conventions/{repository}"
     return {
         "schema_url": f"{raw}/refs/tags/v1/schema.json",

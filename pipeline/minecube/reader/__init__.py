@@ -7,13 +7,13 @@ One thread opens, reads and closes a dataset within one read. All threads share 
 the connections (`remote`), so nothing is requested twice.
 
     assets.py       one band of one scene, counted: `read_band`, `start_read`
-    files.py        one file, opened with care: `read`
+    raster.py       one file, opened with care: `read`
     gridding.py     its pixels, placed on the grid or warped
     stacking.py     many scenes, lazily, by stackstac: `stack`
     ledger.py       counts of all reads
     remote.py       byte ranges of remote files, with retries
     signing.py      tokens and signatures
-    http.py         connections with checked addresses
+    connections.py  connections with checked addresses
     gdal_file.py    a remote file as GDAL sees it
     transfer.py     head of a file, and counts of one read
 """

@@ -57,9 +57,7 @@ class _CheckedTlsConnection(_CheckedConnection, urllib3.connection.HTTPSConnecti
 class CheckedPools(urllib3.PoolManager):
     """Pools of checked connections.
 
-    Args:
-        check: Called with host and address. It raises ForbiddenError for a forbidden address.
-        **kwargs: For urllib3.
+    `check` is called with host and address. It raises ForbiddenError for a forbidden address.
     """
 
     def __init__(self, check: Callable[[str, str], None], **kwargs: Any) -> None:

@@ -86,14 +86,8 @@ def read_nested(
 ) -> UInt16:
     """Read a window of an open file, each pixel repeated by the ratio of sizes.
 
-    Returns uint16 (y, x), 0 at invalid pixels and outside the file.
-
-    Args:
-        image: The file.
-        grid: Grid of the result.
-        nesting: Place of the file's pixels in the grid.
-        tally: Counts the bytes of local files.
-        out: Array for the pixels, to avoid a copy. By default a new array.
+    Returns uint16 (y, x), 0 at invalid pixels and outside the file. `tally` counts the bytes of
+    local files. The pixels are put into `out` if given, which avoids a copy.
     """
     ratio, dx, dy = nesting
     height, width = grid.shape
@@ -133,25 +127,13 @@ def warp(
     window = _window_of(image, grid)
     _count_stored(image, window, tally)
     height = grid.shape[0]
-    rows = _count_rows_per_strip(image, window, height)
+    pixels_per_row = min(window.width, image.width) * (window.height / height)
+    rows = max(int(_STRIP_PX / max(pixels_per_row, 1)), 1)
     warped = np.empty(grid.shape, dtype=np.uint16)
     for top in range(0, height, rows):
         strip = slice(top, min(top + rows, height))
         warped[strip] = _warp_strip(image, grid[strip, :], resampling)
     return warped
-
-
-def _count_rows_per_strip(image: rasterio.DatasetReader, window: Window, height: int) -> int:
-    """Return the number of grid rows covered by about `_STRIP_PX` pixels of the file.
-
-    Args:
-        image: The file.
-        window: The file's window of the grid.
-        height: Rows of the grid.
-    """
-    columns = min(window.width, image.width)
-    file_rows_per_row = window.height / height
-    return max(int(_STRIP_PX / max(columns * file_rows_per_row, 1)), 1)
 
 
 def _window_of(image: rasterio.DatasetReader, grid: GeoBox) -> Window:

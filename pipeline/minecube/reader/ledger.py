@@ -43,7 +43,6 @@ class Ledger:
             self._load(before)
 
     def _load(self, parquet: bytes) -> None:
-        """Load the counts of a table."""
         for row in pd.read_parquet(io.BytesIO(parquet)).to_dict("records"):
             key = (row["scene"], row["band"])
             self._counts[key] = {name: row[name] for name in COUNTS}

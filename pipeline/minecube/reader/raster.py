@@ -64,19 +64,8 @@ def read(
 ) -> UInt16:
     """Read one single-band file onto the grid: uint16 (y, x), 0 at invalid pixels.
 
-    See `read_file`.
-
-    Args:
-        href: Local path, or file://, http(s):// or s3:// URL.
-        grid: Grid of the result.
-        resampling: Method for files to be warped.
-        access: Signing of requests. By default, requests are unsigned.
-        tally: Counts requests and bytes.
-        origin: Host of the catalogue listing the href, empty for a local one. By default the caller
-            vouches for the href.
-
-    Raises:
-        ReadError: As `read_file` does.
+    See `read_file` for pixels and errors, and `File` for `href`, `access` and `origin`. By default,
+    requests are unsigned, and the caller vouches for the href.
     """
     return read_file(File(href, access or PLAIN, origin), grid, resampling, tally)
 
@@ -95,12 +84,7 @@ def read_file(
     invalid. Overviews are not read. Files in the grid's zone with pixels nested in the grid are
     read without resampling.
 
-    Args:
-        file: The file and its access.
-        grid: Grid of the result.
-        resampling: Method for files to be warped.
-        tally: Counts requests and bytes.
-        out: Array for the pixels, to avoid a copy. By default a new array.
+    `tally` counts requests and bytes. The pixels are put into `out` if given, which avoids a copy.
 
     Raises:
         ReadError: The href must not be read. The file is missing, truncated, no GeoTIFF or JPEG

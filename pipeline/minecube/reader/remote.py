@@ -105,11 +105,6 @@ class _Range:
     head: Head | None = None
     """The file's head, for ranges after it."""
 
-    @property
-    def header(self) -> str:
-        """The header `Range` of the request."""
-        return f"bytes={self.start}-{self.start + self.length - 1}"
-
 
 class Remote:
     """Requests for one access and hrefs from one origin.
@@ -205,7 +200,8 @@ class Remote:
 
         Raises TroubleError for temporary errors, RequestError for final ones.
         """
-        headers = {"Range": part.header, "Accept-Encoding": "identity"}
+        last = part.start + part.length - 1
+        headers = {"Range": f"bytes={part.start}-{last}", "Accept-Encoding": "identity"}
         try:
             url, key = self.sign(part.href)
             answer = self._ask(url, headers, stall)

@@ -43,12 +43,7 @@ Ask = Callable[[str, Mapping[str, str], float], urllib3.BaseHTTPResponse]
 
 
 class Signer:
-    """Signatures for one access, for any thread.
-
-    Args:
-        access: Kind of signatures, and the hosts or buckets with signed requests.
-        ask: Sends the requests for tokens.
-    """
+    """Signatures for one access, for any thread. `ask` sends the requests for tokens."""
 
     def __init__(self, access: Access, ask: Ask) -> None:
         self.access = access

@@ -51,12 +51,9 @@ def stack(
 ) -> xr.DataArray:
     """Stack scenes on a grid lazily, one time step per item in the given order.
 
-    Args:
-        items: Normalised scenes (`minecube.scenes`) of any sources and UTM zones.
-        grid: Grid of the result. Its resolution may differ from the files'.
-        bands: Band names, or SCL, in the order of the result.
-        chunk_px: Side of a Dask chunk.
-        ledger: Counts the reads made in this process.
+    The items are normalised scenes (`minecube.scenes`) of any sources and UTM zones. The resolution
+    of the grid may differ from the files'. SCL may be among the bands. `ledger` counts the reads made
+    in this process.
 
     Returns:
         uint16 [time, band, y, x]: Surface reflectance x 10000 with the offset removed, valid pixels
@@ -112,14 +109,8 @@ class NativeReader:
     `functools.partial(NativeReader, access=source.access)`. Files are closed after each read, so a
     reader can be pickled and used from any thread. Each asset is read only once per block anyway.
 
-    Args:
-        url: Href of the asset, or its name in the table.
-        spec: Grid in stackstac's form.
-        resampling: Method for files to be warped.
-        access: Signing of requests.
-        table: Assets by name, for stacks of several sources.
-        **options: stackstac's dtype must be uint16, fill_value 0, scale_offset (1, 0), and
-            errors_as_nodata empty. gdal_env is not used.
+    For stacks of several sources, `url` is the name of an asset in `table`. stackstac's dtype must be
+    uint16, fill_value 0, scale_offset (1, 0), and errors_as_nodata empty. gdal_env is not used.
     """
 
     def __init__(

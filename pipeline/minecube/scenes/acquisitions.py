@@ -97,26 +97,17 @@ def merge_sources(lists: Iterable[Iterable[pystac.Item]]) -> list[pystac.Item]:
     A newer baseline of a later source does not count. Each source's list is already reduced to its
     newest baselines.
     """
-    scenes: list[pystac.Item] = []
-    rank_of_object: dict[int, int] = {}
-    for rank, listed in enumerate(lists):
-        for scene in listed:
-            scenes.append(scene)
-            rank_of_object[id(scene)] = rank
-
-    def rank_of(scene: pystac.Item) -> int:
-        return rank_of_object[id(scene)]
-
-    return [min(copies, key=rank_of) for copies in _group_copies(scenes)]
+    ranked = [(rank, scene) for rank, listed in enumerate(lists) for scene in listed]
+    ranks = {id(scene): rank for rank, scene in ranked}
+    groups = _group_copies(scene for _, scene in ranked)
+    return [min(copies, key=lambda scene: ranks[id(scene)]) for copies in groups]
 
 
 def find_copies(scene: pystac.Item, listed: Iterable[pystac.Item]) -> list[pystac.Item]:
     """Return the listed scenes of the same acquisition and tile as another scene."""
-    for copies in _group_copies([scene, *listed]):
-        twins = [copy for copy in copies if copy is not scene]
-        if len(twins) < len(copies):
-            return twins
-    raise AssertionError  # `scene` is in one of the groups
+    groups = _group_copies([scene, *listed])
+    copies = next(group for group in groups if any(copy is scene for copy in group))
+    return [copy for copy in copies if copy is not scene]
 
 
 def _group_copies(scenes: Iterable[pystac.Item]) -> list[list[pystac.Item]]:

@@ -130,10 +130,8 @@ def tabulate_coverage(
     If several sources list a year, rows of source `all` follow. These pool the sources, with each
     acquisition from the first source listing it.
 
-    Args:
-        listings: Of one site, each year's in order of preference.
-        recipe: Defines usable dates and the minimum per year.
-        until: the last UTC date with listed passes.
+    The listings of each year are in order of preference. The recipe defines usable dates and the
+    minimum per year. `until` is the last UTC date with listed passes.
 
     Returns:
         The table by month and the table by year.
@@ -190,7 +188,9 @@ def tabulate_months(
     rows = []
     for month in range(1, 13):
         scenes = [s for s in listing.result.scenes if _utc(s).month == month]
-        due_days = _days_of_month(passes or {}, month)
+        due_days = [
+            solar.isoformat() for solar, utc in (passes or {}).items() if utc.month == month
+        ]
         missing_days = [day for day in due_days if day not in listed_days]
         usable_days = len(list_solar_days(select_usable(scenes, recipe)))
         rows.append(
@@ -216,11 +216,6 @@ def tabulate_months(
     return table.astype(_COLUMN_TYPES)
 
 
-def _days_of_month(passes: Mapping[date, date], month: int) -> list[str]:
-    """Return the solar days of the passes in a UTC month."""
-    return [solar.isoformat() for solar, utc in passes.items() if utc.month == month]
-
-
 def tabulate_year(
     listing: Listing, months: pd.DataFrame, recipe: Recipe, until: date
 ) -> pd.DataFrame:
@@ -231,11 +226,8 @@ def tabulate_year(
     recipe's minimum), gap_days, gap and state. The gap is the longest run of days without a usable
     date in the season, for example "2020-04-01..2020-05-20". State is `ok` or `too few`.
 
-    Args:
-        listing: Scenes of one source.
-        months: The listing's rows from `tabulate_months`.
-        recipe: the recipe used for `months`.
-        until: the last UTC date with listed passes.
+    `months` are the listing's rows from `tabulate_months` with the same recipe. `until` is the last
+    UTC date with listed passes.
     """
     result = listing.result
     season = months[months["month"].isin(recipe.months)]

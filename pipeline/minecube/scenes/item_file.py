@@ -147,16 +147,6 @@ class _Index:
         return self.rows.take(pa.array(rows, pa.int64()))
 
 
-def _index_table(table: pa.Table) -> _Index:
-    footprints = _footprints(parse_shapes(table))
-    return _Index(
-        rows=pyarrow.dataset.dataset(table),
-        years=_years(table),
-        tree=shapely.STRtree(footprints),
-        placeless=np.flatnonzero(shapely.is_empty(footprints)),
-    )
-
-
 def _years(table: pa.Table) -> Int64:
     """Return each row's UTC year by `datetime`, else by `start_datetime`. Unknown years are 0."""
     timestamps = pd.Series(pd.NaT, index=range(table.num_rows), dtype="datetime64[us, UTC]")
@@ -218,7 +208,13 @@ def _index_of(href: str) -> _Index:
 def _read_index(href: str) -> _Index:
     table = _read_table(href)
     with _explained(href):
-        return _index_table(table)
+        footprints = _footprints(parse_shapes(table))
+        return _Index(
+            rows=pyarrow.dataset.dataset(table),
+            years=_years(table),
+            tree=shapely.STRtree(footprints),
+            placeless=np.flatnonzero(shapely.is_empty(footprints)),
+        )
 
 
 def _version(href: str) -> tuple[object, ...]:

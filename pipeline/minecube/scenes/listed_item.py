@@ -19,9 +19,7 @@ _MOST_LETTERS = 60
 def parse_item(feature: Mapping[str, Any], name: str) -> pystac.Item:
     """Turn a listed feature into an item. Drop assets without an href and links to other places.
 
-    Args:
-        feature: GeoJSON from an API or a file. Any part of it may be malformed.
-        name: the item's name in errors.
+    Any part of the feature may be malformed. `name` is the item's name in errors.
 
     Raises:
         SceneError: the item cannot be used. The message names the item and the reason.
@@ -47,11 +45,17 @@ def parse_item(feature: Mapping[str, Any], name: str) -> pystac.Item:
         datetime=_parse_time(properties, name),
         properties=properties,
         collection=collection,
-        assets=_parse_assets(assets or {}),
+        assets={
+            key: pystac.Asset.from_dict(asset)
+            for key, asset in (assets or {}).items()
+            if _has_href(asset)
+        },
     )
     links = feature.get("links")
     if isinstance(links, list):
-        item.add_links([pystac.Link.from_dict(link) for link in links if _is_self(link)])
+        # Relative hrefs of assets start at the item's own place.
+        own = [link for link in links if _has_href(link) and link.get("rel") == "self"]
+        item.add_links([pystac.Link.from_dict(link) for link in own])
     return item
 
 
@@ -71,19 +75,8 @@ def _parse_time(properties: Mapping[str, Any], name: str) -> datetime:
     raise SceneError(f"item {name}: has no datetime; it is refused")
 
 
-def _parse_assets(assets: Mapping[str, Any]) -> dict[str, pystac.Asset]:
-    return {key: pystac.Asset.from_dict(asset) for key, asset in assets.items() if _has_href(asset)}
-
-
-def _has_href(asset: object) -> bool:
-    return isinstance(asset, dict) and isinstance(asset.get("href"), str)
-
-
-def _is_self(link: object) -> bool:
-    """Return whether a link names the item's own place. Relative hrefs of assets start there."""
-    return (
-        isinstance(link, dict) and link.get("rel") == "self" and isinstance(link.get("href"), str)
-    )
+def _has_href(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("href"), str)
 
 
 def _malformed(name: str, expected: str, value: object) -> SceneError:

@@ -54,14 +54,10 @@ def read_look(
     ledger: Ledger | None = None,
     needed: Sequence[str] = _BANDS,
 ) -> Look:
-    """Read SCL and three bands of scenes, in the given order.
+    """Read SCL and three bands of the scenes of one site-year, in the given order.
 
-    Args:
-        scenes: Scenes of one site-year.
-        grid: the site's grid.
-        ledger: Counts the reads.
-        needed: Bands of the recipe. Other bands help to judge a scene but are optional. If one of
-            them cannot be read, only needed bands are used.
+    `needed` are the bands of the recipe. Other bands help to judge a scene but are optional. If one
+    of them cannot be read, only needed bands are used.
 
     Raises:
         ReadError: a pixel cannot be read, and the ledger does not allow this.

@@ -22,7 +22,8 @@ def decide_offset(
     Sources' rules decide, since raster offsets declared by items may be applied already. A declared
     offset counts only for products of one's own Sen2Cor.
     """
-    declared = _declared_offsets(assets)
+    by_band = {band: _declared_offset(asset) for band, asset in assets.items() if band != SCL}
+    declared = {band: offset for band, offset in by_band.items() if offset is not None}
     if baseline >= "99":
         return _own_offset(item, baseline, source.offset, set(declared.values()))
     offset, reason = _ruled_offset(item, baseline, source.offset)
@@ -38,12 +39,6 @@ def decide_offset(
         )
         reason += f"; the item declares {', '.join(odd)}"
     return offset, reason
-
-
-def _declared_offsets(assets: Mapping[str, pystac.Asset]) -> dict[str, int]:
-    """Map each band to its declared raster offset, if there is one."""
-    offsets = {band: _declared_offset(asset) for band, asset in assets.items() if band != SCL}
-    return {band: offset for band, offset in offsets.items() if offset is not None}
 
 
 def _declared_offset(asset: pystac.Asset) -> int | None:

@@ -60,9 +60,8 @@ _DARK_BANDS = frozenset({"B01", "B02", "B04"})
 # reported with _MOST_SPREAD 200 to 400, _TOLERANCE 200 to 300, _FEWEST_PIXELS 10 to 40 or _BLACK
 # -400 to -200. Hardly fewer wrong scenes are found.
 _MOST_SPREAD = 300  # cloud brightening B12 by 1000 brightens B02 by 2400
-_TOLERANCE = (
-    250  # 98 % of right steps lie in -60 to 250; with 400, thin cloud gives false conflicts
-)
+# 98 % of right steps lie in -60 to 250. With 400, thin cloud gives false conflicts.
+_TOLERANCE = 250
 _CONTRAST = 0.87  # contrast left by a veil adding 750 is less: (1 - 0.075) ** 2
 _FEWEST_PIXELS = 20  # pixels needed for a comparison
 _BLACK = -300  # reflectance x 10000; correct water and shade may lie below 0

@@ -59,14 +59,10 @@ class NoScenesError(SceneError):
 def search(site: Site, year: int, *sources: Source) -> SearchResult:
     """Search all usable scenes of one calendar year over a site.
 
-    Each acquisition comes from the first source with a usable scene of it, in its newest baseline.
-    API searches run month by month. Each id counts once, and the total is compared with the API's
-    own count. Unusable items are logged and kept with the reason.
-
-    Args:
-        site: the site.
-        year: the calendar year.
-        sources: in order of preference.
+    The sources are in order of preference. Each acquisition comes from the first source with a
+    usable scene of it, in its newest baseline. API searches run month by month. Each id counts once,
+    and the total is compared with the API's own count. Unusable items are logged and kept with the
+    reason.
 
     Raises:
         NoScenesError: no source has a usable scene.
@@ -142,7 +138,6 @@ def list_features(source: Source, area: BaseGeometry, year: int) -> list[Feature
 def _normalise_or_explain(
     feature: Mapping[str, Any], name: str, source: Source
 ) -> pystac.Item | str:
-    """Normalise an item, or return the reason for its refusal."""
     try:
         return normalise(parse_item(feature, name), source)
     except SceneError as error:

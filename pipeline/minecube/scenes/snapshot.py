@@ -142,7 +142,7 @@ def save(result: SearchResult, path: Path, search_hash: str = "") -> None:
 
 
 def load(path: Path, search_hash: str = "") -> SearchResult:
-    """Load a saved scene list, and check its search hash if `belongs` is given.
+    """Load a saved scene list, and check its search hash if one is given.
 
     Raises:
         SceneError: the file is missing, is no scene list, belongs to something else, or its scenes

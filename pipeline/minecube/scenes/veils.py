@@ -132,11 +132,7 @@ def _is_veiled(excess: Float32, date_excess: float) -> bool:
 def _usual_range(haze: Float32) -> tuple[Float32, Float32]:
     """Return the lowest and highest usual index of each pixel on each day, [day, pixel].
 
-    Args:
-        haze: [day, pixel], NaN if not clear.
-
-    Returns:
-        Two arrays, NaN if no day is clear.
+    `haze` is [day, pixel], NaN if not clear. The results are NaN if no day is clear.
     """
     looks = np.isfinite(haze).sum(axis=0)
     ranked = np.sort(haze, axis=0)  # NaN last

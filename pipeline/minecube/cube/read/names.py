@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minecube.cube.store import Store
+from minecube.cube.views import prediction_path
 from minecube.digests import sha256_of_json
 from minecube.errors import CubeError
 
@@ -14,17 +15,17 @@ _EXACT = "="
 
 
 def find_prediction(store: Store, site_ids: Sequence[str], name: str) -> str:
-    """Return the name of the prediction meant by `wanted` at these sites.
+    """Return the full name of the prediction meant by a name at these sites.
 
-    `wanted` is the name of a prediction, or the id of its model card. `=NAME` means the prediction
-    of exactly this name. `wanted+hmm` means the smoothed map of the prediction meant by `wanted`.
+    The name is that of a prediction, or the id of its model card. `=NAME` means the prediction of
+    exactly this name. `NAME+hmm` means the smoothed map of the prediction meant by NAME.
 
     Raises:
         CubeError: no prediction fits, or several do.
     """
     names: set[str] = set()
     for site_id in site_ids:
-        names.update(_list_predictions(store, site_id))
+        names.update(store.list_folders(f"{site_id}/predictions"))
     model, plus, suffix = name.removeprefix(_EXACT).partition("+")
     originals = sorted({name.partition("+")[0] for name in names})
     if name.startswith(_EXACT):
@@ -47,16 +48,10 @@ def find_prediction(store: Store, site_ids: Sequence[str], name: str) -> str:
 def choose_name(
     store: Store, site_ids: Sequence[str], origin: Mapping[str, Any], default: str
 ) -> str:
-    """Return the name for a model's maps.
+    """Return the name for a model's maps. `origin` is their origin, with the id of the model card.
 
     Older versions named a prediction only by its model card. That name is returned if it exists,
     for the same model at every site with it. Otherwise `default` is returned.
-
-    Args:
-        store: The cubes.
-        site_ids: The sites to map.
-        about: Origin of the maps, with the card's id.
-        default: The name for a model without an older prediction.
     """
     card = str(origin["id"])
     origins = [_model_of(store, site_id, card) for site_id in site_ids]
@@ -64,12 +59,6 @@ def choose_name(
     if set(stored) == {sha256_of_json(dict(origin))}:
         return card
     return default
-
-
-def _list_predictions(store: Store, site_id: str) -> list[str]:
-    """List the names of a site's predictions, including damaged ones."""
-    folders = store.open_objects().list_with_delimiter(f"{site_id}/predictions")
-    return [path.rstrip("/").rpartition("/")[2] for path in folders["common_prefixes"]]
 
 
 def _card_of(store: Store, site_ids: Sequence[str], name: str) -> str | None:
@@ -83,11 +72,5 @@ def _card_of(store: Store, site_ids: Sequence[str], name: str) -> str | None:
 
 def _model_of(store: Store, site_id: str, name: str) -> dict[str, Any] | None:
     """Return the origin of a site's prediction; None if it is missing or damaged."""
-    try:
-        group = store.find_group(f"{site_id}/predictions/{name}")
-    except CubeError:
-        return None
-    if group is None:
-        return None
-    model = group.attrs.get("model")
+    model = store.read_attributes(prediction_path(site_id, name)).get("model")
     return model if isinstance(model, dict) else None

@@ -203,7 +203,6 @@ class Pixels:
             ) from error
 
     def _unpack(self, decoder: Decoder, reads: Sequence[_Read]) -> None:
-        """Unpack chunks into their targets."""
         chunk = np.empty((*self.shape[1:-2], *self.chunk), self.dtype)
         for read in reads:
             try:
@@ -220,29 +219,25 @@ class Pixels:
         year, row, column = place
         lead = ["0"] * (len(self.shape) - 3)
         key = "/".join([self.path, "c", str(year), *lead, str(row), str(column)])
-        shard = self._find_packed(key) if self.store.packed else self._map(key)
+        shard = self._map(key)
         if shard is None and self.watch is not None:
             self.watch.need_absent(key)
         return shard
 
-    def _find_packed(self, key: str) -> Shard | None:
-        path = str(self.store.path)
+    def _map(self, key: str) -> Shard | None:
+        """Map a shard's file, or its part of a packed store, into memory; None if absent."""
+        is_packed = self.store.packed
+        path = str(self.store.path) if is_packed else f"{self.store.path}/{key}"
         try:
             stamp = packed.stamp_of(os.stat(path))  # noqa: PTH116  a Path is slower
         except FileNotFoundError as error:
+            if not is_packed:
+                return None
             raise CubeError(f"{path}: is gone; put it back, or open another store") from error
-        return find_shard(path, stamp, key, self._chunks_per_shard())
-
-    def _map(self, key: str) -> Shard | None:
-        path = f"{self.store.path}/{key}"
-        try:
-            stamp = packed.stamp_of(os.stat(path))  # noqa: PTH116  a Path is slower
-        except FileNotFoundError:
-            return None
-        return map_shard(path, stamp, self._chunks_per_shard())
-
-    def _chunks_per_shard(self) -> tuple[int, int]:
-        return self.shard[0] // self.chunk[0], self.shard[1] // self.chunk[1]
+        chunks = (self.shard[0] // self.chunk[0], self.shard[1] // self.chunk[1])
+        if is_packed:
+            return find_shard(path, stamp, key, chunks)
+        return map_shard(path, stamp, chunks)
 
 
 class LazyPixels(BackendArray):

@@ -128,7 +128,6 @@ def _check_source(store: Store, site_id: str, model: str, attrs: Mapping[str, An
 
 
 def _stale(store: Store, site_id: str, model: str, year: str) -> CubeError:
-    """Return the error for a map of other builds."""
     return CubeError(
         f"{store}: {model!r} mapped {site_id} before {year} was built as it is now; run "
         "`minecube predict` again"

@@ -9,6 +9,7 @@ A window touches four to nine chunks of each year. `pixels` reads them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -87,8 +88,12 @@ class CubeDataset:
         self._need_common("bands", "name sites that agree")
         if self.view == "series":
             self._need_common("years", "name sites that agree or years=")
-        if self.view == "pair":
-            self._need_pairs()
+        for name, site in self._sites.items():
+            if self.view == "pair" and len(site.years) < 2:
+                raise CubeError(
+                    f"{self.store}: {name} has one year only, {site.years[0]}, so there is no pair "
+                    "of years"
+                )
         if self.step:
             self._tiles = list(self._tile(self.step))
 
@@ -101,17 +106,7 @@ class CubeDataset:
                 f"windows do not fit into one batch; {advice}"
             )
 
-    def _need_pairs(self) -> None:
-        """Raise CubeError if a site has one year only."""
-        for name, site in self._sites.items():
-            if len(site.years) < 2:
-                raise CubeError(
-                    f"{self.store}: {name} has one year only, {site.years[0]}, so there is no pair "
-                    "of years"
-                )
-
     def _tile(self, step: int) -> Iterator[WindowPlace]:
-        """Yield the windows that cover the sites at this distance."""
         for name, site in self._sites.items():
             height, width = site.shape
             for y in window_starts(height, self.size, step):
@@ -133,11 +128,8 @@ class CubeDataset:
         return sum(
             len(window_starts(height, self.size, self.size))
             * len(window_starts(width, self.size, self.size))
-            for height, width in self._shapes()
+            for height, width in (site.shape for site in self._sites.values())
         )
-
-    def _shapes(self) -> list[tuple[int, int]]:
-        return [site.shape for site in self._sites.values()]
 
     def window(self, index: int) -> WindowPlace:
         """Return the place of item `index`; raises IndexError after the last one."""
@@ -146,7 +138,7 @@ class CubeDataset:
         if self.step:
             return self._tiles[index]
         rng = np.random.default_rng([self.seed, index])
-        areas = np.array([height * width for height, width in self._shapes()], dtype=np.float64)
+        areas = np.array([math.prod(site.shape) for site in self._sites.values()], np.float64)
         name = list(self._sites)[int(rng.choice(len(areas), p=areas / areas.sum()))]
         site = self._sites[name]
         y, x = (int(rng.integers(max(length - self.size, 0) + 1)) for length in site.shape)

@@ -79,15 +79,10 @@ def verify(
         for check in _SURVEY:
             findings += check(site)
     places = places_by_sha256(sites)
-    names_of_tasks = []
-    tasks = []
-    for site in sites:
-        for task in content_tasks(site, places):
-            names_of_tasks.append(site.name)
-            tasks.append(task)
+    tasks = [(site.name, task) for site in sites for task in content_tasks(site, places)]
     with ThreadPoolExecutor(workers) as pool:
-        results = pool.map(lambda task: task(), tasks)
-        for number, (name, result) in enumerate(zip(names_of_tasks, results, strict=True), start=1):
+        results = pool.map(lambda named: named[1](), tasks)
+        for number, ((name, _), result) in enumerate(zip(tasks, results, strict=True), start=1):
             findings += result
             progress(number, len(tasks), name)
     for site in sites:

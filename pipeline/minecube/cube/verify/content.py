@@ -50,7 +50,6 @@ def content_tasks(site: SiteState, places: Mapping[str, str]) -> Iterator[Task]:
 
 
 def _check_object(site: SiteState, key: str, places: Mapping[str, str]) -> list[Finding]:
-    """Check an object's bytes."""
     finding = _compare_bytes(site, key, site.read(key), places)
     return [] if finding is None else [finding]
 

@@ -21,6 +21,7 @@ from minecube.cube.template import (
     hash_array,
     hash_group,
     make_template,
+    write_template,
 )
 from minecube.cube.verify.findings import Finding
 from minecube.cube.verify.state import SiteState
@@ -162,18 +163,10 @@ def _check_arrays(
 
 
 def _metadata_of(empty: xr.Dataset, recipe: Recipe) -> dict[str, Any]:
-    """Return the metadata of each array of a template."""
     memory: dict[str, Any] = {}
-    empty.to_zarr(
-        zarr.storage.MemoryStore(memory),
-        mode="w",
-        compute=False,
-        consolidated=False,
-        zarr_format=3,
-        encoding={
-            str(name): encoding_of(variable, recipe) for name, variable in empty.data_vars.items()
-        },
-    )
+    layers = empty.data_vars.items()
+    encoding = {str(name): encoding_of(layer, recipe) for name, layer in layers}
+    write_template(empty, zarr.storage.MemoryStore(memory), "", encoding)
     return {
         str(name): json.loads(memory[f"{name}/zarr.json"].to_bytes()) for name in empty.variables
     }

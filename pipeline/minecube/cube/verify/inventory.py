@@ -61,13 +61,11 @@ def _is_expected(site: SiteState, key: str) -> bool:
 
 
 def _is_label(site: SiteState, key: str) -> bool:
-    """Whether an object is a shard of a label."""
     variable = key.split("/")[0]
     return _is_array(site, variable) and variable not in site.built and place_of(key) is not None
 
 
 def _is_array(site: SiteState, name: str) -> bool:
-    """Whether a folder is an array of the cube."""
     arrays = {*site.expected, *site.description.get("arrays", {})}
     return name in site.metadata and (name in arrays or not site.description)
 

@@ -62,7 +62,6 @@ def build_blocks(
 
 
 def _name(block: Block) -> str:
-    """Return a block's name in the notes of a staging group."""
     row, column = block
     return f"{row}/{column}"
 
@@ -78,23 +77,17 @@ def _compute_blocks(
     Returns their shards' checksums as in `ChecksumStore.checksums_below`.
     """
     # Optimising each layer alone would inline the block's task and compute it once per layer.
-    chunks = {name: composite[name].data.to_delayed(optimize_graph=False) for name in arrays}
+    layers = [composite[name].data.to_delayed(optimize_graph=False) for name in arrays]
     write = dask.delayed(partial(_write_block, arrays), pure=False)
     tasks = []
     for block in blocks:
-        parts = [_chunk_at(chunks[name], block) for name in arrays]
+        # The chunks of a layer are [row, column], or [band, row, column].
+        parts = [chunks[(0,) * (chunks.ndim - 2) + block] for chunks in layers]
         tasks.append(write(block, parts))
     checksums: dict[str, list[Any]] = {}
     for sums in dask.compute(*tasks, scheduler=options.scheduler, num_workers=options.workers):
         checksums |= sums
     return checksums
-
-
-def _chunk_at(chunks: AnyArray, block: Block) -> Any:
-    """Return a block's delayed chunk. Chunks are [row, column], or [band, row, column]."""
-    if chunks.ndim == 2:
-        return chunks[block]
-    return chunks[(0, *block)]
 
 
 def _write_block(

@@ -13,7 +13,7 @@ from minecube.codes import UNKNOWN
 from minecube.cube.checksums import ChecksumStore, seal
 from minecube.cube.locks import WAIT_S, hold
 from minecube.cube.store import Store
-from minecube.cube.template import FRACTION, FRACTION_ATTRS, LABELLING, LABELS, grid_in
+from minecube.cube.template import FRACTION, FRACTION_ATTRS, LABELLING, LABELS, grid_in, layout_of
 from minecube.cube.write.staging import year_index
 from minecube.errors import CubeError
 
@@ -48,7 +48,14 @@ def write_footprint(
                 "them on the cube's grid"
             )
         if FRACTION not in group:  # a cube of a version without fractions
-            _create_fraction(store, site_id, group["footprint"])
+            like = group["footprint"]
+            group.create_array(
+                FRACTION,
+                shape=like.shape,
+                dimension_names=like.metadata.dimension_names,
+                attributes={**FRACTION_ATTRS, "grid_mapping": "spatial_ref"},
+                **layout_of(like),
+            )
         years = {year_index(group, int(year)): int(year) for year in footprint.year.values}
         layers = {FRACTION: fraction, "footprint": footprint}
         for name in layers:
@@ -60,22 +67,6 @@ def write_footprint(
             for index, mask in zip(years, layer.values, strict=True):
                 array[index] = mask
             _note_labels(array, target, origin)
-
-
-def _create_fraction(store: Store, site_id: str, like: zarr.Array) -> None:
-    """Create an array for the fraction with the layout of the footprint."""
-    zarr.create_array(
-        store.open_zarr(),
-        name=f"{site_id}/{FRACTION}",
-        shape=like.shape,
-        dtype=like.dtype,
-        chunks=like.chunks,
-        shards=like.shards,
-        fill_value=like.fill_value,
-        dimension_names=like.metadata.dimension_names,
-        compressors=like.compressors,
-        attributes={**FRACTION_ATTRS, "grid_mapping": "spatial_ref"},
-    )
 
 
 def _begin_labels(array: zarr.Array, years: Mapping[int, int]) -> None:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minecube.catalog import rebuild_recipe
 from minecube.cube.listing import attributes_in, choose_sites, list_files, read_object
 from minecube.cube.markers import is_staged, staged_year
 from minecube.cube.packed import SUFFIX
-from minecube.cube.store import DESCRIPTION, Store
+from minecube.cube.store import Store
+from minecube.cube.template import built_variables
 from minecube.cube.write.labels import need_labels
 from minecube.errors import CubeError
 from minecube.files import replacing
@@ -59,11 +59,8 @@ def pack(
     complete file replaces an older one. Two runs may pack to one file at once: the last to finish
     wins. Memory holds the largest object.
 
-    Args:
-        store: any readable store.
-        out: the file; its name ends in .zip.
-        names: of sites; default: all.
-        progress: each object is one step, and so is the file's checksum.
+    The name of `out` ends in .zip. `names` are those of the sites; default: all. Each object is one
+    step of `progress`, and so is the file's checksum.
 
     Raises:
         CubeError: a site is missing, nothing is committed, an object cannot be read, another
@@ -109,7 +106,6 @@ class _Selection:
 
 
 def _check_place(store: Store, out: Path) -> None:
-    """Raise CubeError if a packed file cannot have this place."""
     place = None if store.path is None else store.path.resolve()
     if out.suffix != SUFFIX or (not store.packed and place in out.resolve().parents):
         raise CubeError(f"{out}: expected a file name that ends in {SUFFIX}, outside {store}")
@@ -164,7 +160,6 @@ def _need_unchanged(
 
 
 def _write(store: Store, keys: Sequence[str], part: Path, progress: Progress) -> None:
-    """Write these objects into a zip."""
     raw = store.open_objects()
     with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         for number, key in enumerate(keys, start=1):
@@ -196,12 +191,9 @@ def _metadata_crcs(raw: Any, keys: Iterable[str]) -> dict[str, int | None]:
 
 def _begun_years(files: Iterable[str]) -> set[int]:
     """Return the committed or begun years."""
-    years = set()
-    for path in files:
-        folder, *parts = path.split("/")
-        if folder == "builds" and len(parts) > 1:
-            years.add(staged_year(parts[0]))
-    return {year for year in years if year is not None}
+    keys = [path.split("/") for path in files]
+    names = {parts[0] for folder, *parts in keys if folder == "builds" and len(parts) > 1}
+    return {year for year in map(staged_year, names) if year is not None}
 
 
 def _committed_years(raw: Any, name: str, files: Iterable[str]) -> set[int]:
@@ -242,6 +234,6 @@ def _prefixes_of_years(store: Store, name: str, years: set[int]) -> tuple[str, .
         return ()
     group = store.open_site(name)
     indices = [index for index, year in enumerate(group["year"][:]) if int(year) in years]
-    variables = ("reflectance", *rebuild_recipe(group.attrs[DESCRIPTION]["recipe"]).layers)
+    variables = built_variables(group)
     shards = [f"{variable}/c/{index}/" for variable in variables for index in indices]
     return (*(f"builds/{year}/" for year in years), *shards)

@@ -24,7 +24,7 @@ from minecube.codes import UNKNOWN
 from minecube.cube.checksums import ChecksumStore, seal
 from minecube.cube.locks import hold
 from minecube.cube.store import DESCRIPTION, Store
-from minecube.cube.template import describe_location, grid_in
+from minecube.cube.template import describe_location, grid_in, write_template
 from minecube.cube.views import (
     LONG_NAMES,
     View,
@@ -136,8 +136,8 @@ def write_prediction(
         array = group[prediction.variable]
         indices = indices_of(prediction.variable, views_in(group.attrs))
         with closing(rows(todo)) as source:
-            for view, parts in _split_by_view(source, todo, array):
-                _write_view(array, indices[view], parts)
+            for view in todo:
+                _write_view(array, indices[view], _gather(source, view, array))
                 lock.check()
                 complete[label_of(view)] = {
                     "builds": select_years(view, pixels),
@@ -285,7 +285,6 @@ class _Writer:
         return attrs if self.prediction.variable in group else {}
 
     def _create(self) -> None:
-        """Create the group without pixels."""
         site = self.store.open_site(self.site_id).attrs
         with self.store.reading(self.site_id):
             grid = grid_in(site)
@@ -317,17 +316,10 @@ class _Writer:
             chunk *= 2
         layout = {"chunks": (1, *lead, chunk, chunk), "shards": shard, "fill_value": UNKNOWN}
         self.store.begin_group(self.path, {})
-        xr.Dataset(
+        dataset = xr.Dataset(
             {variable: (dims, empty, attrs)}, coords=coords, attrs=describe_location(grid)
-        ).to_zarr(
-            self.target,
-            group=self.path,
-            mode="a",
-            compute=False,
-            consolidated=False,
-            zarr_format=3,
-            encoding={variable: layout},
         )
+        write_template(dataset, self.target, self.path, {variable: layout})
 
 
 def _checksums_of(target: ChecksumStore, path: str) -> dict[str, list[Any]]:
@@ -356,14 +348,6 @@ def _grow(group: zarr.Group, variable: str, views: Sequence[View]) -> None:
         array.resize((length, *array.shape[1:]))
         if name in coordinates:
             array[:] = np.array(coordinates[name], np.int64)
-
-
-def _split_by_view(
-    rows: Iterator[Rows], todo: Sequence[View], array: zarr.Array
-) -> Iterator[tuple[View, Iterator[tuple[int, UInt8]]]]:
-    """Yield each view and its map in whole rows of shards: first row, and [time, class, row, x]."""
-    for view in todo:
-        yield view, _gather(rows, view, array)
 
 
 def _gather(rows: Iterator[Rows], view: View, array: zarr.Array) -> Iterator[tuple[int, UInt8]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import xarray as xr
 import zarr
 from odc.geo.geobox import GeoBox
 
@@ -20,6 +19,7 @@ from minecube.cube.template import (
     hash_arrays,
     make_template,
     seal_group,
+    write_template,
 )
 from minecube.errors import CubeError
 
@@ -102,28 +102,15 @@ def create_site(
             extend(group, years)
         else:
             empty = make_template(grid, sorted(years), recipe)
-            empty.attrs |= {DESCRIPTION: {"format": UNFINISHED_FORMAT}, **describe_location(grid)}
-            group = _write_template(store, site.id, empty, recipe)
+            unfinished = {DESCRIPTION: {"format": UNFINISHED_FORMAT}}
+            empty.attrs |= {**unfinished, **describe_location(grid)}
+            store.begin_group(site.id, unfinished)
+            layers = empty.data_vars.items()
+            encoding = {str(name): encoding_of(layer, recipe) for name, layer in layers}
+            write_template(empty, store.open_zarr(), site.id, encoding)
+            group = store.open_group(site.id, "r+")
             group.attrs[DESCRIPTION] = _describe(store, site, recipe, group)
         seal_group(group)
-
-
-def _write_template(store: Store, site_id: str, empty: xr.Dataset, recipe: Recipe) -> zarr.Group:
-    """Write a site's metadata and coordinates. Returns the group, still marked as being made."""
-    target = store.open_zarr()
-    store.begin_group(site_id, {DESCRIPTION: {"format": UNFINISHED_FORMAT}})
-    empty.to_zarr(
-        target,
-        group=site_id,
-        mode="a",
-        compute=False,
-        consolidated=False,
-        zarr_format=3,
-        encoding={
-            str(name): encoding_of(variable, recipe) for name, variable in empty.data_vars.items()
-        },
-    )
-    return zarr.open_group(target, path=site_id, mode="r+", use_consolidated=False)
 
 
 def _describe(store: Store, site: Site, recipe: Recipe, group: zarr.Group) -> dict[str, Any]:

@@ -25,7 +25,6 @@ import numpy as np
 import pandas as pd
 import zarr
 
-from minecube.catalog import rebuild_recipe
 from minecube.cube.checksums import ChecksumStore, seal, size_and_sha256
 from minecube.cube.markers import (
     PLACING,
@@ -36,7 +35,8 @@ from minecube.cube.markers import (
     staged_year,
 )
 from minecube.cube.provenance import hash_run
-from minecube.cube.store import DESCRIPTION, Store
+from minecube.cube.store import Store
+from minecube.cube.template import built_variables, layout_of
 from minecube.errors import BusyError, CubeError
 
 log = logging.getLogger(__name__)
@@ -85,11 +85,10 @@ class Staging:
         """
         for name, content in files.items():
             put_bytes(self.group, name, content)
+        written = self.target.checksums_below(self.group.path, self.group.path)
         checksums = {
             f"builds/{self.year}/{key}": checksum
-            for key, checksum in self.target.checksums_below(
-                self.group.path, self.group.path
-            ).items()
+            for key, checksum in written.items()
             if key.split("/")[0] in files
         }
         index = year_index(self.store.open_site(self.site_id), self.year)
@@ -133,26 +132,28 @@ def open_staging(
 ) -> Staging:
     """Open the staging group of a run, with the blocks left by an earlier process of the same run.
 
-    Args:
-        store: the cubes.
-        site_id: the site.
-        year: a year of the cube.
-        names: variables to build.
-        run: identity of the build (`hash_run`). Remains of other runs of the year are removed.
-        initial_counts: read counts at the start of this process. Staged blocks with other
-            counts are removed.
+    `names` are the variables to build. `run` is the identity of the build (`hash_run`). Remains of
+    other runs of the year are removed, and so are staged blocks with other read counts than
+    `initial_counts`, those at the start of this process.
     """
     path = staging_path(site_id, year, run)
     target = store.open_with_checksums()
     group = store.find_group(path)
-    _discard_others(store, site_id, year, keep=path)
+    discard(store, site_id, year, keep=path)
     if group is None or not _is_resumable(store, path, group, initial_counts):
         _remove(store, path)
         _empty_unfinished(store, site_id, year)
         cube = zarr.open_group(target, path=site_id, mode="r+", use_consolidated=False)
         group = zarr.open_group(target, path=path, mode="a", use_consolidated=False)
         for name in names:
-            _create_staged(group, name, cube[name])
+            like = cube[name]
+            group.create_array(
+                name,
+                shape=(1, *like.shape[1:]),
+                dimension_names=("build", *like.metadata.dimension_names[1:]),
+                overwrite=True,
+                **layout_of(like),
+            )
         group.attrs.put({"blocks": [], "checksums": {}})  # last: the template is whole
     else:
         group = zarr.open_group(target, path=path, mode="r+", use_consolidated=False)
@@ -177,21 +178,6 @@ def _is_resumable(store: Store, path: str, group: zarr.Group, initial_counts: by
         return False
 
 
-def _create_staged(group: zarr.Group, name: str, like: zarr.Array) -> None:
-    """Create an array for one build, with the shards and codecs of the cube's array."""
-    group.create_array(
-        name,
-        shape=(1, *like.shape[1:]),
-        dtype=like.dtype,
-        chunks=like.chunks,
-        shards=like.shards,
-        fill_value=like.fill_value,
-        compressors=like.compressors,
-        dimension_names=("build", *like.metadata.dimension_names[1:]),
-        overwrite=True,
-    )
-
-
 def counts_of(group: zarr.Group) -> bytes | None:
     """Return the read counts of a year under construction; None if missing or unreadable."""
     try:
@@ -210,13 +196,9 @@ def read_initial_counts(store: Store, provenance: Mapping[str, Any]) -> bytes | 
 
 
 def _staging_groups(store: Store, site_id: str, year: int) -> list[str]:
-    """List the paths of the staging groups of a year."""
-    folders = store.open_objects().list_with_delimiter(f"{site_id}/builds")["common_prefixes"]
-    paths = [folder.rstrip("/") for folder in folders]
-    names = [path.rpartition("/")[2] for path in paths]
     return [
-        path
-        for path, name in zip(paths, names, strict=True)
+        f"{site_id}/builds/{name}"
+        for name in store.list_folders(f"{site_id}/builds")
         if name.endswith(STAGED) and staged_year(name) == year
     ]
 
@@ -226,13 +208,8 @@ def has_unfinished_build(store: Store, site_id: str, year: int) -> bool:
     return bool(_staging_groups(store, site_id, year))
 
 
-def discard(store: Store, site_id: str, year: int) -> None:
-    """Remove all remains of builds of a year."""
-    _discard_others(store, site_id, year, keep="")
-
-
-def _discard_others(store: Store, site_id: str, year: int, keep: str) -> None:
-    """Remove all remains of builds of a year except one group."""
+def discard(store: Store, site_id: str, year: int, keep: str = "") -> None:
+    """Remove all remains of builds of a year, except the group `keep`."""
     for path in _staging_groups(store, site_id, year):
         if path != keep:
             _remove(store, path)
@@ -320,7 +297,7 @@ def shard_grid(array: zarr.Array) -> list[tuple[int, int]]:
 
 def _shard_keys(cube: zarr.Group, index: int) -> Iterator[str]:
     """Yield the keys of all possible shards of a year, in the variables written by builds."""
-    for name in ("reflectance", *rebuild_recipe(cube.attrs[DESCRIPTION]["recipe"]).layers):
+    for name in built_variables(cube):
         array = cube[name]
         for row, column in shard_grid(array):
             chunk = (index, *(0,) * (array.ndim - 3), row, column)
@@ -340,17 +317,14 @@ def _empty_unfinished(store: Store, site_id: str, year: int) -> None:
 def withdraw(store: Store, site_id: str, year: int, judged: str | None = None) -> None:
     """Withdraw the commit of a year, and remove its staged objects and the pixels in its marker.
 
-    Args:
-        store: the cubes.
-        site_id: the site.
-        year: the year. A damaged marker lists no pixels.
-        judged: `sha256` of the faulty marker; None for any marker.
+    A damaged marker lists no pixels. `judged` is the `sha256` of the faulty marker; None for any
+    marker.
 
     Raises:
         BusyError: the year has been built again since the check.
     """
     path = marker_path(site_id, year)
-    attrs = _attributes_at(store, path)
+    attrs = store.read_attributes(path)
     if judged is not None and attrs.get("sha256") not in (judged, None):
         raise BusyError(
             f"{store}: {site_id} {year} was built again since it was verified; verify it again"
@@ -364,17 +338,7 @@ def withdraw(store: Store, site_id: str, year: int, judged: str | None = None) -
     store.begin_group(path, {})
 
 
-def _attributes_at(store: Store, path: str) -> dict[str, Any]:
-    """Return the attributes of a group; empty if it is missing or damaged."""
-    try:
-        group = store.find_group(path)
-    except CubeError:
-        return {}
-    return {} if group is None else dict(group.attrs)
-
-
 def _delete(store: Store, keys: Iterable[str]) -> None:
-    """Remove objects if they exist."""
     raw = store.open_objects()
     for key in keys:
         with contextlib.suppress(FileNotFoundError):

@@ -32,13 +32,9 @@ def write_year(
     With `overwrite`, the old year stays readable until the commit. It stays for good if the new
     build fails.
 
-    Args:
-        store: the cubes.
-        composite: lazy Dataset of `reflectance` and the recipe's layers. Its Dask chunks are the
-            cube's shards.
-        provenance: origin of the build (`describe_build`). Its site and year give the place.
-        scenes: the scene list, as the bytes of a stac-geoparquet file.
-        options: how to build.
+    The composite is a lazy Dataset of `reflectance` and the recipe's layers. Its Dask chunks are the
+    cube's shards. `provenance` (`describe_build`) gives site and year. `scenes` is the scene list, as
+    the bytes of a stac-geoparquet file.
 
     Raises:
         BusyError: another run is building this site-year.
@@ -157,13 +153,8 @@ def withdraw_years(
 ) -> None:
     """Withdraw the commits of years and remove their pixels.
 
-    The same `minecube build` then rebuilds the years.
-
-    Args:
-        store: the cubes.
-        site_id: the site.
-        years: the years.
-        judged: faulty markers by year. A year with another marker by now is left alone.
+    The same `minecube build` then rebuilds the years. `judged` maps years to their faulty markers. A
+    year with another marker by now is left alone.
 
     Raises:
         BusyError: another run is building one of the years, or has rebuilt it.
