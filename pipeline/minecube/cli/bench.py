@@ -79,7 +79,7 @@ class NetworksOptions:
     callback=add_layer,
     help="Test sites, named like --train. They are mapped and scored, and never trained on.",
 )
-@sites_layer_option("--layer", "--sites-layer")
+@sites_layer_option("--sites-layer", "--layer")
 @catalog_option
 @click.option(
     "--models",

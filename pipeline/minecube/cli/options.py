@@ -213,13 +213,13 @@ def sites_layer_option(*flags: str) -> Callable[[F], F]:
         is_eager=True,  # parsed before --sites
         expose_value=False,
         callback=_keep_layer,
-        help="Layer of the --sites file, if several layers have polygons. * is allowed.",
+        help="Layer of the file of sites, if several layers have polygons. * is allowed.",
     )
 
 
 def sites_option(command: F) -> F:
-    """Add --sites, and --layer for a file of sites."""
-    return _sites_option(sites_layer_option("--layer", "--sites-layer")(command))
+    """Add --sites, and --sites-layer for a file of sites."""
+    return _sites_option(sites_layer_option("--sites-layer", "--layer")(command))
 
 
 def catalog_sites_options(command: F) -> F:

@@ -50,7 +50,7 @@ class _OutPath(click.Path):
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             self.fail(
-                f"{str(file)!r}: {folder} cannot be written to ({error.strerror}); "
+                f"{str(path)!r}: {folder} cannot be written to ({error.strerror}); "
                 "name another place",
                 param,
                 ctx,

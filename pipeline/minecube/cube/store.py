@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import obstore
+import obstore.exceptions
 import zarr
 import zarr.errors
 from obstore.store import LocalStore, from_url
@@ -253,13 +254,15 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Convert a packed store, a full disk or a forbidden folder to CubeError."""
+        """Convert errors of writing, such as a full disk or a forbidden folder, to CubeError."""
         self.need_writable()
         try:
             yield
-        except OSError as error:
+        except (OSError, obstore.exceptions.BaseError) as error:
+            # obstore adds a dump of its internals in further lines.
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise CubeError(
-                f"{self}: cannot be written ({error.strerror or error}); committed site-years are "
+                f"{self}: cannot be written ({reason}); committed site-years are "
                 "unharmed; make room or choose another --store, then run the same command again"
             ) from error
 

@@ -204,7 +204,7 @@ class Counts:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(
-                f"these are not counts as `Scores.to_json` writes them ({type(error).__name__}: "
+                f"these are not counts as `Counts.to_json` writes them ({type(error).__name__}: "
                 f"{error}); count again with this version"
             ) from error
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rasterio
 import stac_geoparquet.arrow
 import yaml
 from odc.geo.geobox import GeoBox
+from rasterio.io import MemoryFile
 
 from minecube.arrays import AnyArray, Bool, Int16, UInt8, UInt16
 from minecube.catalog import SCL, Source
@@ -89,20 +89,21 @@ def write_sources(out: Path, sources: Mapping[str, Source]) -> None:
 
 
 def _write_cog(path: Path, pixels: AnyArray, grid: GeoBox) -> None:
-    # Level 1: noisy counts compress almost as well, in half the time.
-    with rasterio.open(
-        path,
-        "w",
-        driver="COG",
-        height=pixels.shape[0],
-        width=pixels.shape[1],
-        count=1,
-        dtype=pixels.dtype,
-        crs=f"EPSG:{epsg_of(grid)}",
-        transform=grid.transform,
-        nodata=0,
-        compress="deflate",
-        level=1,
-        predictor=2,
-    ) as file:
-        file.write(pixels, 1)
+    profile = {
+        "driver": "COG",
+        "height": pixels.shape[0],
+        "width": pixels.shape[1],
+        "count": 1,
+        "dtype": pixels.dtype,
+        "crs": f"EPSG:{epsg_of(grid)}",
+        "transform": grid.transform,
+        "nodata": 0,
+        "compress": "deflate",
+        "level": 1,  # noisy counts compress almost as well, in half the time
+        "predictor": 2,
+    }
+    # Write to memory first: on a full disk GDAL cuts small files without an error.
+    with MemoryFile() as memory:
+        with memory.open(**profile) as image:
+            image.write(pixels, 1)
+        path.write_bytes(memory.getbuffer())
