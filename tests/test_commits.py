@@ -196,7 +196,7 @@ def stop_while_placing(store, made, provenance):
     place.unlink(missing_ok=True)
     place.mkdir(parents=True)
     (place / "file").touch()
-    with pytest.raises(CubeError, match="cannot be written .*Is a directory.* make room"):
+    with pytest.raises(CubeError, match=r"cannot be written .*Is a directory.* make room"):
         cube.write_year(store, made, provenance, b"", cube.BuildOptions(overwrite=True))
     shutil.rmtree(place)
     if kept is not None:
