@@ -320,6 +320,8 @@ def test_a_folder_of_something_else_is_left_alone(growing, tmp_path):
     (tmp_path / "file").write_text("a file")
     out = run("publish", "--store", store, "--icechunk", tmp_path / "file", "--tag", "v1", ok=2)
     assert "is no folder that can be used" in out
+    out = run("publish", "--store", store, "--icechunk", tmp_path / "file", ok=2)
+    assert "expected a folder, found a file" in out
     assert "expected a folder or s3://" in run(
         "publish", "--store", store, "--icechunk", "ftp://a/b", "--tag", "v1", ok=2
     )

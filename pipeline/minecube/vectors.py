@@ -209,8 +209,8 @@ def _check_times(path: Path) -> None:
 def _zipped_layers(path: Path, folder: Path) -> list[_Layer]:
     """Extract the polygons of a zip file to a folder, and list their layers.
 
-    A layer name used twice gets its folder's name. If the folder also has it twice, it gets its
-    suffix.
+    A name of two layers gets the path of its file in front, without the suffix. If both files
+    differ in their suffix only, the suffix stays.
     """
     _extract_polygons(path, folder)
     layers = [layer for file in _files_of(folder) for layer in _layers_of(file)]

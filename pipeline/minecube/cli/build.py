@@ -81,8 +81,9 @@ class Execution:
     type=FiniteRange(0, 1),
     default=1.0,
     show_default=True,
-    help="Commit a site-year only if at least this share of its reads succeeded. Below 1, lost "
-    "reads count as unobserved.",
+    help="Commit a site-year only if at least this share of its reads (one band of one scene in "
+    "one block each) succeeded. Below 1, lost reads count as unobserved. At 1, the first lost read "
+    "fails the site-year.",
 )
 @click.option(
     "--device",

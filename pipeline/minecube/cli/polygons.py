@@ -192,10 +192,14 @@ def _print_survey(survey: PolygonSurvey) -> None:
 
 
 def _print_findings(findings: pd.DataFrame) -> None:
+    """Print the first findings, and the totals of all if some are not listed.
+
+    Rows far from all sites are only counted: a worldwide file has thousands of them.
+    """
     if findings.empty:
         click.echo("nothing to repair")
         return
-    listed = findings[findings["finding"] != "at no site"]  # most rows of a worldwide file
+    listed = findings[findings["finding"] != "at no site"]
     if len(listed):
         columns = ["finding", "row", "site", "years", "area_m2", "done", "about"]
         if (findings["file"] != findings["file"].iloc[0]).any():

@@ -241,7 +241,8 @@ def _print_bands(bands: pd.DataFrame | None) -> None:
     "--import",
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of an import, for the release's own grids.",
+    help="Folder made by `release import`. Files are then written on the grids of the "
+    "release, and labels are compared with it.",
 )
 @click.option(
     "--out",

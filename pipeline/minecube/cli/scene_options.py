@@ -27,7 +27,7 @@ _recipe_option = click.option(
     "recipe_id",
     default="annual-median",
     show_default=True,
-    help="Recipe of the composite (catalog/recipes.yaml).",
+    help="Name of a composite recipe: one of catalog/recipes.yaml, or your own (--catalog).",
 )
 _snapshots_option = click.option(
     "--scenes",

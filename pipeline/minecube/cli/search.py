@@ -26,7 +26,8 @@ from minecube.jobs.tables import format_table
     type=OutFolder(),
     default=Path("scenes"),
     show_default=True,
-    help="Folder for the scene lists.",
+    help="Folder for the scene lists, one GeoParquet file per site and year, as `build --scenes` "
+    "reads them.",
 )
 @collect_options
 def search(sites: SiteOptions, years: tuple[int, ...], source_ids: str, out: Path) -> None:

@@ -76,7 +76,13 @@ class NetworkOptions:
     show_default=True,
     help="Training settings (catalog/presets.yaml).",
 )
-@click.option("--out", type=OutFile(), required=True, help="File for the trained model.")
+@click.option(
+    "--out",
+    type=OutFile(),
+    required=True,
+    help="File for the trained model, such as model.pt. The checkpoint and the "
+    "table of epochs are written next to it.",
+)
 @click.option(
     "--epochs", type=click.IntRange(min=1), help="Number of epochs. [default: the preset's]"
 )

@@ -68,9 +68,11 @@ def composite_block(
 ) -> Layers:
     """Composite one block: `reflectance` uint16 [band, y, x], and the recipe's layers [y, x].
 
-    Scenes must be in mosaic order. A block above `BLOCK_BYTES` is made in parts.
+    Scenes must be in the order of `sort_in_mosaic_order`. A block that needs more than
+    `BLOCK_BYTES` is made in parts, of `_SMALLEST_PX` pixels or more.
     """
-    scenes = scenes_near(scenes, pad(box, compute_margins(recipe)[1]))
+    _, mask_margin_m = compute_margins(recipe)
+    scenes = scenes_near(scenes, pad(box, mask_margin_m))
     if not scenes:
         return _make_empty_layers(box, recipe)
     if estimate_memory(scenes, box, recipe) > BLOCK_BYTES and max(box.shape) >= 2 * _SMALLEST_PX:
@@ -148,7 +150,7 @@ class _Block:
         owner, kind, cloud_distance = day_masks.read()
         yeardays = np.array([time.timetuple().tm_yday for time in day_masks.times])
         observations = Observations(task.scenes, day_masks.days, owner, kind)
-        fringe_m = compute_margins(task.recipe)[0]
+        fringe_m, _ = compute_margins(task.recipe)
         return cls(task, observations, cloud_distance, yeardays, day_masks, fringe_m)
 
     @property

@@ -193,7 +193,8 @@ def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Est
     opened: set[str] = set()
     for block in iterate_blocks(grid, recipe.block_px):
         box = grid[block]
-        listed = scenes_near(scenes, pad(box, compute_margins(recipe)[1]))
+        _, mask_margin_m = compute_margins(recipe)
+        listed = scenes_near(scenes, pad(box, mask_margin_m))
         if not listed:
             continue
         sums += _count_block(listed, box, recipe, opened)

@@ -107,10 +107,11 @@ def _build_network(size: int, ranks: tuple[int, ...]) -> tuple[tuple[int, int, b
 def _cut_tiles(
     values: AnyArray, result: AnyArray, valid: Bool | None = None
 ) -> Iterator[tuple[AnyArray, AnyArray, AnyArray]]:
-    """Yield 1-d views of parts of `result`, each with its values and missing flags.
+    """Yield the parts of `result` as 1-d views, each with its rows and missing flags.
 
-    Values are [day + 1, pixel], 0 = missing, with a spare last row. Missing flags are [day, pixel],
-    0 or 1. Both have the type of `values`, and the next part reuses their memory.
+    Rows are [day + 1, pixel]: the values of each day, 0 if missing, and a last row of scratch
+    memory for `_select_ranks`. Missing flags are [day, pixel], 0 or 1. Both have the type of
+    `values`, and the next part reuses their memory. By default, a value of 0 is missing.
     """
     days = len(values)
     flat_result = result.reshape(-1)
@@ -141,8 +142,8 @@ def _select_ranks(
     """Select each pixel's value at the rank for its count, the next higher value, and the count.
 
     Args:
-        rows: Array [day + 1, pixel], uint16 or int32, 0 = missing. The last row is spare. All rows
-            are overwritten.
+        rows: Array [day + 1, pixel], uint16 or int32, 0 if missing. The last row is scratch
+            memory. All rows are overwritten.
         missing: Array [day, pixel] of the same type, 0 or 1.
         ranks: Rank for 0..days observations. It never rises by more than one.
         with_next: Whether the next higher value is needed. Otherwise the value itself replaces it.

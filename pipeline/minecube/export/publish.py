@@ -47,10 +47,12 @@ def open_repository(place: str, *, create: bool = False) -> icechunk.Repository:
 
     Raises:
         CubeError: the repository is missing and `create` is false, the folder has other content,
-            the URL scheme is not supported, or opening fails.
+            the URL scheme is not supported, `place` is a file, or opening fails.
     """
     if not _is_url(place) and not create and not Path(place).exists():
         raise _missing_repository(place)  # Icechunk would create the folder
+    if Path(place).is_file():  # Icechunk would panic
+        raise CubeError(f"{place}: expected a folder, found a file; name a folder")
     storage = _open_storage(place)
     with _convert_errors(place):
         if icechunk.Repository.exists(storage):

@@ -149,16 +149,16 @@ def upernet(card: ModelCard) -> nn.Module:
 def mask2former(card: ModelCard) -> nn.Module:
     """Build Mask2Former (Cheng et al. 2022, arXiv:2112.01527) on Swin, with a logit per class.
 
-    The option `encoder` selects the Swin. Each of the `queries` has a mask and a kind: a class,
-    background or nothing. In the paper's semantic inference, a class scores s_c = sum over queries
-    of p(c) sigmoid(mask), and a pixel gets the class of the highest score. Here a class's logit is
+    Each of the `queries` has a mask and a kind: a class, background or nothing. In the paper's
+    semantic inference, a class scores s_c = sum over queries of p(c) sigmoid(mask), and a pixel
+    gets the class of the highest score. Here a class's logit is
     log s_c - log s_background. It is computed at the masks' resolution (a quarter), then enlarged.
     It is above zero if the paper would choose the class over the background. Training uses the same
     loss per pixel as all other networks. The paper's loss by matched sets of masks is for
     separating objects, and these labels have no objects.
 
-    Other options, with published defaults: `width` (256), `encoder_layers` (6, of the pixel
-    decoder) and `decoder_layers` (9).
+    Options, with published defaults: `encoder` (swin-tiny), `queries` (100), `width` (256),
+    `encoder_layers` (6, of the pixel decoder) and `decoder_layers` (9).
     """
     options = options_of(
         card, encoder="swin-tiny", width=256, queries=100, encoder_layers=6, decoder_layers=9
@@ -178,8 +178,9 @@ def mask2former(card: ModelCard) -> nn.Module:
         dim_feedforward=8 * width,
     )
     network = transformers.Mask2FormerForUniversalSegmentation(config)
-    # As in the paper's own code. The library draws flat masks and one class for all queries.
-    # Masks then cancel out of a class's odds, and nothing is learnt for thousands of windows.
+    # As in the paper's own code. The library starts with nearly constant masks and the same class
+    # for all queries. All classes then have the same score at every pixel, and thousands of
+    # windows pass before the network learns anything.
     network.class_predictor.reset_parameters()
     features = network.model.pixel_level_module.decoder.mask_projection
     nn.init.kaiming_uniform_(features.weight, a=1)

@@ -253,19 +253,23 @@ def _locate_centres(canvas: GeoBox) -> tuple[Float64, Float64]:
 
 
 def _draw_parcels(rng: np.random.Generator, x: Float32, y: Float32) -> Int32:
-    """Draw fields: strips of uneven width in a random direction, cut into uneven lengths."""
+    """Draw fields: strips in a random direction, each with its own width and length of fields.
+
+    Coordinates are in metres. Returns the number of the field of each pixel.
+    """
     angle = rng.uniform(0, np.pi)
     across = (x - x.mean()) * np.cos(angle) + (y - y.mean()) * np.sin(angle)
     along = (y - y.mean()) * np.cos(angle) - (x - x.mean()) * np.sin(angle)
     reach = float(np.hypot(np.ptp(x), np.ptp(y)))
-    edges = np.cumsum(rng.uniform(100, 330, int(reach / 100) + 2)) - reach / 2
+    widths = rng.uniform(100, 330, int(reach / 100) + 2)
+    edges = np.cumsum(widths) - reach / 2
     strip = np.searchsorted(edges, across)
     length = rng.uniform(180, 620, len(edges) + 1)
     start = rng.uniform(0, 1, len(edges) + 1)
     field = np.floor(along / length[strip] + start[strip]).astype(np.int64)
-    return (
-        np.unique(strip * 100_000 + field, return_inverse=True)[1].reshape(x.shape).astype(np.int32)
-    )
+    unique = strip * 100_000 + field  # no strip has as many fields
+    _, numbers = np.unique(unique, return_inverse=True)
+    return numbers.reshape(x.shape).astype(np.int32)
 
 
 def _draw_plots(rng: np.random.Generator, shape: tuple[int, int], kinds: int) -> Int32:

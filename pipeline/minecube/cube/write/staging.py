@@ -79,9 +79,14 @@ class Staging:
         self.group.attrs.put(notes)
 
     def commit(self, provenance: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
-        """Commit the year with this provenance and these files, and put its objects in place.
+        """Commit the year: write its files, then its marker, then rename its objects.
 
-        `files` holds `scenes`, and `reads` if reads were counted.
+        The marker holds the provenance and the checksums of all objects. Its single write is the
+        commit. If the run is killed later, `finish` renames the remaining objects.
+
+        Args:
+            provenance: From `describe_build`.
+            files: `scenes`, and `reads` if reads were counted.
         """
         for name, content in files.items():
             put_bytes(self.group, name, content)
@@ -97,7 +102,6 @@ class Staging:
         provenance = seal({**provenance, "checksums": checksums})
         path = marker_path(self.site_id, self.year)
         marker = zarr.open_group(self.target, path=path, mode="a", use_consolidated=False)
-        # The commit:
         marker.attrs.put({PLACING: {"made": provenance, "staging": self.group.path}})
         finish(self.store, self.site_id, self.year)
 
