@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +178,7 @@ class Recipe:
     """Fewest dates of a year. A year with fewer dates is skipped, and `audit` reports it."""
     mask: tuple[MaskRule, ...] = ()
     bright_override: BrightOverride | None = None
-    second_opinion: Mapping[str, Any] | None = None
+    second_opinion: Any = None
     """A removed second cloud mask, for stores of earlier versions only."""
     haze: HazeTest | None = None
     """Needs B02 and B04 among the bands."""

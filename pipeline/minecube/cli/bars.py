@@ -33,7 +33,7 @@ class Bar:
         self._progress.update(self._task, completed=parts, note=note, total=total)
 
     def reach_step(self, title: str, parts: int, total: int, note: str) -> None:
-        """Do the same for a step of a job. A new title starts the time again."""
+        """Set title, finished parts, all parts and note. A new title starts the time again."""
         if title != self._title:
             self._progress.reset(self._task, description=title)
             self._title = title

@@ -124,7 +124,7 @@ def bench(
     def print_model(number: int, card: ModelCard) -> None:
         click.echo(f"{number} of {len(benchmark.cards)}: {card.id}", err=True)
 
-    with progress_bar("") as bar:
+    with progress_bar("preparing") as bar:
         paths = run_benchmark(benchmark, print_model, bar.reach_step)
     for path in paths:
         click.echo(path)

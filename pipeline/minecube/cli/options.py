@@ -53,7 +53,7 @@ def collect_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass(frozen=True)
 class SiteOptions:
-    """Sites of the catalogue or of a file: --sites, --layer, --margin and --catalog."""
+    """Sites of the catalogue or of a file: --sites, --sites-layer, --margin and --catalog."""
 
     choice: SiteChoice
     margin: float | None = None
@@ -105,7 +105,7 @@ def _print_margins(
 
 @dataclass(frozen=True)
 class StoreSites:
-    """Sites of a store: --store, --sites and --layer."""
+    """Sites of a store: --store, --sites and --sites-layer."""
 
     store: cube.Store
     choice: SiteChoice
@@ -213,7 +213,7 @@ def sites_layer_option(*flags: str) -> Callable[[F], F]:
         is_eager=True,  # parsed before --sites
         expose_value=False,
         callback=_keep_layer,
-        help="Layer of the file of sites, if several layers have polygons. * is allowed.",
+        help="Layer of the --sites file, if several layers have polygons. * is allowed.",
     )
 
 
@@ -223,7 +223,7 @@ def sites_option(command: F) -> F:
 
 
 def catalog_sites_options(command: F) -> F:
-    """Add the options of `SiteOptions`: --sites, --layer, --margin and --catalog."""
+    """Add the options of `SiteOptions`: --sites, --sites-layer, --margin and --catalog."""
     return sites_option(_margin_option(catalog_option(command)))
 
 

@@ -141,10 +141,10 @@ def score_days(
 def measure_sharpness(band: UInt16) -> Float32:
     """Measure each date's local detail relative to the pixel's sharpest date: float32 [day, y, x].
 
-    Values are 0..1, 0 = not observed. Detail is the mean absolute Laplacian in a 5 x 5 window. A
-    pixel has a Laplacian if it and its four neighbours are observed. So the measure depends on
-    pixels up to three pixels away. Pixels beyond the image count as unobserved. If no date has
-    detail, all observations get 1.
+    `band` has the same shape, 0 = not observed. Results are 0..1, 0 = not observed. Detail is the
+    mean absolute Laplacian in a 5 x 5 window. A pixel has a Laplacian if it and its four neighbours
+    are observed. So the measure depends on pixels up to three pixels away. Pixels beyond the image
+    count as unobserved. If no date has detail, all observations get 1.
     """
     sharp = np.zeros(band.shape, dtype=np.float32)
     for day_band, detail in zip(band, sharp, strict=True):

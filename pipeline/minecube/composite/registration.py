@@ -183,9 +183,11 @@ def _round(value: float | None, digits: int) -> float | None:
 def compare(edges: Sequence[Complex64]) -> tuple[Float64, Float64]:
     """Measure the shifts of all scenes by the module's method.
 
-    `edges` are those of each scene by `edges_of`, all of one shape. The results are pixels east and
-    north, float64 [scene, 2], NaN = unknown. Then the distinctness of the peak, float64 [scene],
-    0..1, NaN = not compared.
+    `edges` are those of each scene by `edges_of`, all of one shape.
+
+    Returns:
+        float64 [scene, 2], pixels east and north, NaN = unknown.
+        float64 [scene], distinctness of the peak, 0..1, NaN = not compared.
     """
     counts = np.array([np.count_nonzero(scene_edges) for scene_edges in edges])
     order = [n for n in np.argsort(-counts, kind="stable").tolist() if counts[n] >= _LEAST]

@@ -311,9 +311,9 @@ def _smooth_tests(benchmark: Benchmark, prediction: str) -> None:
     """Smooth the maps of the test sites with rates learned from them."""
     store = benchmark.store
     maps = read_maps(store, benchmark.split.test, prediction)
-    smoothed = SmoothedSites(prediction, maps, tracks.learn_rates(maps.values()))
+    sites = SmoothedSites(prediction, maps, tracks.learn_rates(maps.values()))
     for site, lazy in maps.items():
-        write_smoothed(store, smoothed, site, tracks.smooth(lazy.compute(), smoothed.rates))
+        write_smoothed(store, sites, site, tracks.smooth(lazy.compute(), sites.rates))
 
 
 def _score_tests(benchmark: Benchmark, runs: ModelRuns, progress: Progress) -> ScoreTables:

@@ -65,7 +65,8 @@ def export_sites(
 ) -> tuple[list[Path], list[Path]]:
     """Write sites in the given formats. The same store always gives the same bytes.
 
-    Returns the paths of the images, and of all other formats.
+    Returns the paths of the images, and of all other formats. `progress` is called with the name of
+    each finished site.
 
     Raises:
         CubeError: a site has no committed year, or a file cannot be written.

@@ -46,7 +46,7 @@ def export_release(
     """Write sites as int16 images and 0/255 labels in EPSG:4326.
 
     The folder gets EuroMineNet/. With an import of the release, files lie on the release's grids,
-    and labels are compared.
+    and labels are compared. `progress` is called with the name of each finished site.
 
     Raises:
         CatalogError: a site has other bands than the release, or is not in the import.

@@ -90,7 +90,8 @@ def smooth_sites(
     The smoothed maps go to the store. The folder gets layers of each site, areas.csv (by site and
     year) and sites.csv.
 
-    Returns one row of `Track.summary` per site, with the column `site`.
+    Returns one row of `Track.summary` per site, with the column `site`. `progress` is called with
+    the name of each finished site.
 
     Raises:
         LabelError: a map has one year only.
@@ -147,7 +148,7 @@ def track_site(probability: xr.DataArray, grid: GeoBox, rates: tracks.Rates) -> 
 
 
 def write_smoothed(
-    store: cube.Store, sites: SmoothedSites, site: str, smoothed: xr.DataArray
+    store: cube.Store, sites: SmoothedSites, site: str, smoothed_map: xr.DataArray
 ) -> None:
     """Write a smoothed map of one of the sites to the store as prediction MODEL+hmm.
 
@@ -158,4 +159,4 @@ def write_smoothed(
     """
     name = sites.model + SUFFIX
     card = {**sites.maps[site].attrs["model"], "rates": asdict(sites.rates), "id": name}
-    cube.write_probability(store, site, name, smoothed, card, made_of=sites.model)
+    cube.write_probability(store, site, name, smoothed_map, card, made_of=sites.model)

@@ -167,7 +167,8 @@ def simplify_outlines(polygons: gpd.GeoDataFrame, pixel_m: float) -> gpd.GeoData
     lost, or two polygons overlap. If none works, the outline stays unchanged. `area_m2` remains the
     area of the pixels.
 
-    The polygons are those of `vectorize`, with outlines along the edges of pixels.
+    The polygons are those of `vectorize`, with outlines along the edges of pixels and the columns
+    `site` and `year`.
     """
     shapes = polygons.geometry.to_numpy().copy()
     for _, rows in polygons.reset_index(drop=True).groupby(["site", "year"], sort=True):

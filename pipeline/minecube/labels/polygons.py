@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 def read_polygons(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     """Read mine polygons from a file of `minecube.vectors.FORMAT_NAMES`, in the file's own CRS.
 
+    `layer` is the name of a layer, * allowed, as for `minecube.vectors.read_vector`.
     All polygons returned are valid and have area. Column names may be in any case:
 
         year        Int64.

@@ -20,7 +20,7 @@ _LAYER_BYTES = 3.7e6  # input plus output, mean over layers
 
 
 def prepare(trained: TrainedModel, compute: Compute, years: Sequence[int]) -> Forward:
-    """Copy the network to its device for these years; raise ModelError if it is not available."""
+    """Copy the network to its device for these years; raise ModelError without this device."""
     network = deepcopy(trained.network).to(compute.find_device()).eval()
     forward = Forward(network, trained, compute, years)
     if forward.device.type == "cpu":

@@ -22,7 +22,7 @@ from minecube.models.files import pickle, unpickle, write_whole
 from minecube.models.options import build_with_options
 
 FORMAT = "minecube-model-2"
-ARCHITECTURES: dict[str, str | Callable[[ModelCard], nn.Module]] = {
+ARCHITECTURES: dict[str, str | Callable[[ModelCard], nn.Module] | type[nn.Module]] = {
     "unet": "unet:UNet",
     "encoder-unet": "libraries:unet",
     "pspnet": "libraries:pspnet",
@@ -84,12 +84,12 @@ def build(card: ModelCard) -> nn.Module:
             f"model {card.id}: unknown architecture {card.architecture!r}; there is: "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    function = ARCHITECTURES[card.architecture]
+    function: Any = ARCHITECTURES[card.architecture]
     if isinstance(function, str):
         module, _, name = function.partition(":")
         function = getattr(importlib.import_module(f"minecube.models.{module}"), name)
-        if "bands" in signature(function).parameters:
-            function = partial(build_with_options, network=function)
+    if "bands" in signature(function).parameters:
+        function = partial(build_with_options, network=function)
     try:
         network: nn.Module = function(card)
     except (
@@ -339,7 +339,13 @@ def select_bands(reflectance: xr.DataArray, card: ModelCard) -> xr.DataArray:
 
 
 def band_positions(bands: Sequence[str], card: ModelCard, cubes: str) -> list[int]:
-    """Return the positions of the card's bands; raise ModelError if missing or in another order."""
+    """Return the positions of the card's bands among `bands`.
+
+    `cubes` names the owner of the bands in the error.
+
+    Raises:
+        ModelError: A band is missing, or the order is another.
+    """
     if [band for band in bands if band in card.bands] != list(card.bands):
         raise ModelError(
             f"model {card.id}: expected the bands {', '.join(card.bands)} in this order, found "

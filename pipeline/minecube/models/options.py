@@ -14,7 +14,8 @@ from minecube.errors import ModelError
 def build_with_options(card: ModelCard, network: type[nn.Module], **settings: str) -> nn.Module:
     """Build a network for the card's bands, classes and options.
 
-    The options are the parameters of the network that have a default.
+    The options are the parameters of the network that have a default. `settings` are for its
+    other parameters, besides `bands` and `classes`.
 
     Raises:
         ModelError: As for `options_of`.

@@ -78,7 +78,10 @@ def fetch(card: ModelCard, cache: Path | None = None) -> TrainedModel:
 
 
 def _read_verified(weights: Weights, cache: Path) -> tuple[str, bytes]:
-    """Return the file's name and content; raise ModelError if unread or of another hash."""
+    """Return the file's name and content.
+
+    Raises ModelError if the file cannot be read, or has another hash.
+    """
     if "://" not in weights.href:
         content = _read(Path(weights.href))
         _need_hash(weights, weights.href, hashlib.sha256(content).hexdigest())

@@ -30,7 +30,7 @@ def write_release(
     shape: tuple[int, int] = (320, 280),
     packed: bool = True,
 ) -> Masks:
-    """Write a zip of images and labels; return the labels uint8 [y, x], 0 or 255.
+    """Write a zip of images and labels; return the labels: (site, year) -> uint8 [y, x], 0 or 255.
 
     `sites` gives the longitude and latitude of each site's upper left corner. `packed` deflates the
     members instead of storing them.

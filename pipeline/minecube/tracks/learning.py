@@ -121,10 +121,10 @@ def make_rates(
 
 
 def _under_own_prior(series: Sequence[Series], temper: float) -> Rates:
-    return _begin(*_sum_probability(series), temper)
+    return _initial_rates(*_sum_probability(series), temper)
 
 
-def _begin(mine: float, total: float, temper: float) -> Rates:
+def _initial_rates(mine: float, total: float, temper: float) -> Rates:
     """Return the rates before learning, with the mine share as initial share and prior."""
     return Rates(
         opening=0.01,
@@ -270,7 +270,7 @@ def learn_rates_from_labels(footprints: Iterable[xr.DataArray], *, temper: float
             "no pixel of these labels is known in two years, so they tell no rates; label more "
             "years, or give rates"
         )
-    return rates_of_steps(steps, _begin(mine, total, temper))
+    return rates_of_steps(steps, _initial_rates(mine, total, temper))
 
 
 def rates_of_steps(steps: Mapping[tuple[int, int, int], int], start: Rates) -> Rates:

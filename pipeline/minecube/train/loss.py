@@ -16,7 +16,8 @@ def compute_loss(logits: Tensor, targets: Tensor, settings: TrainingSettings) ->
     up before the formulas. Loss and gradient (averaged over processes) then equal those of one
     process with all windows.
 
-    Logits and targets are [n, time, class, y, x]. Targets are 1, 0, or above for unknown.
+    Logits and targets are [n, time, class, y, x]. Targets are 1, 0, or above for unknown. The
+    settings `positive_weight`, `focal` and `dice` apply.
     """
     known = targets <= 1
     positive = (targets == 1).float()

@@ -147,7 +147,7 @@ def _bands_of(cube: xr.Dataset) -> tuple[str, ...]:
 
 
 def bands_at(source: WindowSource, card: ModelCard) -> list[int]:
-    """Return the card's bands in the source's windows; raise ModelError as `band_positions`."""
+    """Return the positions of the card's bands in windows; raise ModelError as `band_positions`."""
     return band_positions(list(source.bands), card, "the cubes")
 
 
