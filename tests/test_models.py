@@ -71,6 +71,23 @@ def test_the_shipped_card_builds_and_gives_logits_of_its_windows() -> None:
 # Files
 
 
+class Pointwise(torch.nn.Conv2d):
+    """A network of one's own: a linear function of each pixel's bands."""
+
+    def __init__(self, bands: int, classes: int, kernel: int = 1) -> None:
+        super().__init__(bands, classes, kernel, padding=kernel // 2)
+
+
+def test_a_class_of_ones_own_gets_bands_classes_and_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(models.ARCHITECTURES, "pointwise", Pointwise)
+    card = dataclasses.replace(SMALL, architecture="pointwise", options={"kernel": 3})
+    assert models.count_parameters(card) == 10 * 3 * 3 + 1
+    with pytest.raises(ModelError, match="pointwise has no option 'width'; there is: kernel"):
+        models.build(dataclasses.replace(card, options={"width": 4}))
+
+
 def test_a_saved_model_maps_as_before(tmp_path: Path) -> None:
     path, trained = tmp_path / "model.pt", untrained()
     save(trained, path)
