@@ -107,7 +107,8 @@ def test_the_virtual_file_systems_of_this_gdal_are_known(tmp_path):
     with path.open("rb") as file, rasterio.open(file), rasterio.open(str(path), opener=open):
         names = [name.decode() for name in itertools.takewhile(bool, prefixes())]
     assert "/vsicurl/" in names
-    assert sum(name.startswith(("/vsipythonfilelike", "/vsiriopener")) for name in names) == 2
+    assert any(name.startswith("/vsipythonfilelike") for name in names)
+    assert any(name.startswith("/vsiriopener") for name in names)
     for name in names:
         with pytest.raises(ForbiddenError, match="special name of GDAL"):
             check_href(f"{name}a.tif", "")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import rasterio
 import stackstac
+from affine import Affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -232,3 +234,15 @@ def test_remote_images_share_one_file_system_of_gdal(tmp_path):
     assert all(np.array_equal(layer, unique_pixels(64, 64)) for layer in layers)
     assert len(set(names)) == 20
     assert len({name.rpartition("/")[0] for name in names}) == 1
+
+
+def test_a_file_without_crs_is_named(tmp_path):
+    profile = {"driver": "GTiff", "width": 4, "height": 4, "count": 1, "dtype": "uint16"}
+    place = Affine(10, 0, LEFT, 0, -10, TOP)
+    with rasterio.open(tmp_path / "B04.tif", "w", transform=place, **profile) as image:
+        image.write(unique_pixels(4, 4), 1)
+    grid = grid_at(LEFT, TOP, 4, 4)
+    with serve(tmp_path) as url:
+        for href in (str(tmp_path / "B04.tif"), f"{url}/B04.tif"):
+            with pytest.raises(ReadError, match=f"{re.escape(href)}: the file has no CRS"):
+                read(href, grid)

@@ -15,7 +15,6 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import rasterio
@@ -127,16 +126,15 @@ def _read_number(read: Callable[[int, int], bytes], layout: str, position: int) 
 
 
 def open_image(
-    name: str, beginning: bytes, *, most_px: int, most_bytes: int = 2**30, **options: Any
+    name: str, beginning: bytes, *, most_px: int, most_bytes: int = 2**30
 ) -> rasterio.DatasetReader:
     """Open a GeoTIFF or JPEG 2000 file, within `rasterio.Env(**SETTINGS)`.
 
     Args:
-        name: a path, or a name in memory or of an `opener`, for rasterio.
+        name: a path, or a name in memory or of a remote file, for rasterio.
         beginning: the file's first bytes, `SIGNATURE` of them or more.
         most_px: maximum number of pixels per band.
         most_bytes: maximum number of bytes of all pixels.
-        options: for `rasterio.open`.
 
     Raises:
         ForbiddenError: the file has another format, or names another file for its overviews.
@@ -146,14 +144,14 @@ def open_image(
     drivers = [driver for mark, driver in _DRIVERS.items() if beginning.startswith(mark)]
     if not drivers:
         raise ForbiddenError("expected a GeoTIFF or JPEG 2000 file, found another format")
-    image = rasterio.open(name, sharing=False, driver=drivers[0], **options)
+    image = rasterio.open(name, sharing=False, driver=drivers[0])
     try:
         if image.tags(ns="OVERVIEWS"):
             raise ForbiddenError(
                 "expected an image without OVERVIEWS metadata, which lets GDAL open another file"
             )
         _need_size(image, most_px, most_bytes)
-    except ForbiddenError:
+    except BaseException:
         image.close()
         raise
     return image

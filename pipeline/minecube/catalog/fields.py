@@ -25,7 +25,7 @@ def need(condition: object, field: str, expected: str) -> None:
         raise FieldError(f"field {field!r}: expected {expected}")
 
 
-def check_field(entry: object, field: str, condition: object, expected: str) -> None:
+def check_field(condition: object, entry: object, field: str, expected: str) -> None:
     """Raise FieldError with the field's value if the condition is false."""
     need(condition, field, f"{expected}, found {getattr(entry, field)!r}")
 

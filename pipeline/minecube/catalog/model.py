@@ -35,7 +35,7 @@ class Weights:
 
     def __post_init__(self) -> None:
         is_sha256 = re.fullmatch("[0-9a-f]{64}", self.sha256)
-        check_field(self, "sha256", is_sha256, "64 hexadecimal digits")
+        check_field(is_sha256, self, "sha256", "64 hexadecimal digits")
         means = len(self.mean)
         stds = len(self.std)
         need(means == stds, "std", f"as many numbers as mean ({means}), found {stds}")
@@ -78,7 +78,7 @@ class ModelCard:
 
     def __post_init__(self) -> None:
         need_name(self.id)
-        check_field(self, "task", self.task in TASKS, f"one of {', '.join(TASKS)}")
+        check_field(self.task in TASKS, self, "task", f"one of {', '.join(TASKS)}")
         classes = TASKS[self.task]
         is_subset = self.classes and set(self.classes) <= set(classes)
         need(
@@ -88,11 +88,12 @@ class ModelCard:
             f"found {', '.join(self.classes) or 'none'}",
         )
         need_bands(self.bands)
-        bands = len(self.bands)
-        is_unique = len(set(self.bands)) == bands
+        band_count = len(self.bands)
+        is_unique = len(set(self.bands)) == band_count
         need(is_unique, "bands", f"each band once, found {', '.join(self.bands)}")
-        check_field(self, "multiple_px", self.multiple_px > 0, "pixels above 0")
+        check_field(self.multiple_px > 0, self, "multiple_px", "pixels above 0")
         means = len(self.weights.mean) if self.weights else 0
-        need(means in (0, bands), "mean", f"a number for each of {bands} bands, found {means}")
+        expected = f"a number for each of {band_count} bands, found {means}"
+        need(means in (0, band_count), "mean", expected)
         fits = self.window_px > 0 and self.window_px % self.multiple_px == 0
-        check_field(self, "window_px", fits, f"a multiple of {self.multiple_px}")
+        check_field(fits, self, "window_px", f"a multiple of {self.multiple_px}")

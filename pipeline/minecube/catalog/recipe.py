@@ -70,7 +70,7 @@ class MaskRule:
             ("dilate_m", self.dilate_m, 1000),
         ):
             fits = 0 <= metres <= largest and metres % 20 == 0
-            check_field(self, field, fits, f"multiples of the 20 m of SCL's pixels up to {largest}")
+            check_field(fits, self, field, f"multiples of the 20 m of SCL's pixels up to {largest}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +88,15 @@ class BrightOverride:
 
     def __post_init__(self) -> None:
         _check_classes(self)
-        check_field(self, "flagged", 0 < self.flagged <= 1, "a share above 0 and up to 1")
-        check_field(self, "around", 0 <= self.around < 1, "a share from 0 to below 1")
-        check_field(self, "window_m", 0 < self.window_m <= 5000, "1..5000 metres")
+        check_field(0 < self.flagged <= 1, self, "flagged", "a share above 0 and up to 1")
+        check_field(0 <= self.around < 1, self, "around", "a share from 0 to below 1")
+        check_field(0 < self.window_m <= 5000, self, "window_m", "1..5000 metres")
 
 
 def _check_classes(rule: MaskRule | BrightOverride) -> None:
     """Raise FieldError unless the classes of a rule are those of SCL."""
     fits = rule.classes and all(1 <= c <= 11 for c in rule.classes)
-    check_field(rule, "classes", fits, "SCL 1..11")
+    check_field(fits, rule, "classes", "SCL 1..11")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +116,8 @@ class HazeTest:
     def __post_init__(self) -> None:
         for field, value in (("excess", self.excess), ("date_excess", self.date_excess)):
             fits = value is None or 0 < value < 1
-            check_field(self, field, fits, "a reflectance above 0 and below 1")
-        check_field(self, "window_m", 0 < self.window_m <= 500, "1..500 metres")
+            check_field(fits, self, field, "a reflectance above 0 and below 1")
+        check_field(0 < self.window_m <= 500, self, "window_m", "1..500 metres")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +138,11 @@ class BestPixel:
     sharpness_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        check_field(self, "day", 1 <= self.day <= 366, "1..366")
-        check_field(self, "day_spread", self.day_spread > 0, "days above 0")
+        check_field(1 <= self.day <= 366, self, "day", "1..366")
+        check_field(self.day_spread > 0, self, "day_spread", "days above 0")
         is_near = 0 < self.cloud_distance_m <= 2000
-        check_field(self, "cloud_distance_m", is_near, "metres above 0 up to 2000")
-        check_field(self, "opacity", 0 < self.opacity < 1, "a reflectance above 0 and below 1")
+        check_field(is_near, self, "cloud_distance_m", "metres above 0 up to 2000")
+        check_field(0 < self.opacity < 1, self, "opacity", "a reflectance above 0 and below 1")
         weights = (self.day_weight, self.cloud_weight, self.opacity_weight, self.sharpness_weight)
         fits = min(weights) >= 0 and sum(weights) > 0
         need(fits, "day_weight", f"weights of 0 or more, one above 0, found {weights}")
@@ -158,9 +158,9 @@ class Registration:
     """record, drop or shift: record the shift, drop the scene, or shift it back."""
 
     def __post_init__(self) -> None:
-        check_field(self, "most_px", 0 < self.most_px <= 5, "pixels above 0 up to 5")
+        check_field(0 < self.most_px <= 5, self, "most_px", "pixels above 0 up to 5")
         is_known = self.beyond in ("record", "drop", "shift")
-        check_field(self, "beyond", is_known, "record, drop or shift")
+        check_field(is_known, self, "beyond", "record, drop or shift")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,15 +215,15 @@ class Recipe:
         need(in_order, "bands", f"in the order {', '.join(BANDS)}, each once")
         need_months("months", self.months)
         is_percent = 0 < self.max_cloud_cover <= 100
-        check_field(self, "max_cloud_cover", is_percent, "percent above 0")
-        check_field(self, "min_dates", self.min_dates >= 1, "1 or more")
+        check_field(is_percent, self, "max_cloud_cover", "percent above 0")
+        check_field(self.min_dates >= 1, self, "min_dates", "1 or more")
         self._check_mask()
         self._check_reducer()
         fits = self.chunk_px > 0 and self.block_px > 0 and self.block_px % self.chunk_px == 0
         sides = f"{self.block_px} and {self.chunk_px}"
         need(fits, "block_px", f"a multiple of chunk_px, both above 0, found {sides}")
         expected = "a multiple of 8, so that 20 m pixels are whole"
-        check_field(self, "block_px", self.block_px % 8 == 0, expected)
+        check_field(self.block_px % 8 == 0, self, "block_px", expected)
 
     def _check_mask(self) -> None:
         fits = not self.haze or {"B02", "B04"} <= set(self.bands)
@@ -234,7 +234,7 @@ class Recipe:
             need(not visible, "bright_override", f"classes hidden by a mask rule, found {visible}")
         is_unique = len(set(self.fallback)) == len(self.fallback)
         fits = is_unique and set(self.fallback) <= FALLBACKS.keys()
-        check_field(self, "fallback", fits, f"steps of {', '.join(FALLBACKS)}, each once")
+        check_field(fits, self, "fallback", f"steps of {', '.join(FALLBACKS)}, each once")
         wider = "wider-season" in self.fallback
         need_months("wider_months", self.wider_months, at_least=int(wider))
         expected = "the step wider-season in fallback, or no months"
@@ -245,22 +245,22 @@ class Recipe:
         adding = {"ungrown", "wider-season", "neighbour-year"} & set(self.fallback)
         fits = self.min_clear == 1 or (self.min_clear > 1 and bool(adding))
         expected = "1, or more and a fallback of ungrown, wider-season or neighbour-year"
-        check_field(self, "min_clear", fits, expected)
+        check_field(fits, self, "min_clear", expected)
         limit = self.max_clear_observations
         fits = limit is None or limit >= max(3, self.min_clear)
         expected = "at least 3 and min_clear, or null for all"
-        check_field(self, "max_clear_observations", fits, expected)
+        check_field(fits, self, "max_clear_observations", expected)
 
     def _check_reducer(self) -> None:
         is_known = self.reducer in (*REDUCERS, *REMOVED_REDUCERS)
-        check_field(self, "reducer", is_known, f"one of {', '.join(REDUCERS)}")
+        check_field(is_known, self, "reducer", f"one of {', '.join(REDUCERS)}")
         for name in ("percentile", "best_pixel"):
             reducer = name.replace("_", "-")
             is_set = getattr(self, name) is not None
             expected = f"a value with reducer {reducer}, and with no other"
             need(is_set == (self.reducer == reducer), name, expected)
         fits = self.percentile is None or 0 <= self.percentile <= 100
-        check_field(self, "percentile", fits, "0..100")
+        check_field(fits, self, "percentile", "0..100")
         needed = {"max-ndvi": {"B04", "B08"}, "best-pixel": {"B02", "B04"}}.get(self.reducer, set())
         expected = f"{' and '.join(sorted(needed))} for reducer {self.reducer}"
         need(needed <= set(self.bands), "bands", expected)

@@ -34,7 +34,7 @@ class Release:
     """Published standard deviation of each band, too small by the factor sqrt(2) by mistake."""
 
     def __post_init__(self) -> None:
-        check_field(self, "sites", self.sites > 0, "above 0")
+        check_field(self.sites > 0, self, "sites", "above 0")
         need(bool(self.years), "years", "at least one year, found none")
         for name in ("band_mean", "band_std"):
             count = len(getattr(self, name))

@@ -53,9 +53,9 @@ class Offset:
 
     def __post_init__(self) -> None:
         fits = self.own is None or self.own == "declared" or isinstance(self.own, int)
-        check_field(self, "own", fits, "a number or declared")
+        check_field(fits, self, "own", "a number or declared")
         is_baseline = re.fullmatch(r"\d\d\.\d\d", self.from_baseline)
-        check_field(self, "from_baseline", is_baseline, "NN.NN")
+        check_field(is_baseline, self, "from_baseline", "NN.NN")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +85,12 @@ class Access:
 
     def __post_init__(self) -> None:
         kinds = ("plain", "planetary-computer", "s3")
-        check_field(self, "kind", self.kind in kinds, f"one of {', '.join(kinds)}")
+        check_field(self.kind in kinds, self, "kind", f"one of {', '.join(kinds)}")
         has_service = self.kind != "planetary-computer" or self.href
         need(has_service, "href", "the URL of the token service, found none")
         fits = self.kind == "s3" or not (self.region or self.anonymous)
         need(fits, "region", f"kind s3 for this field, found {self.kind!r}")
-        check_field(self, "href", not self.href or re.match("https?://", self.href), "a URL")
+        check_field(not self.href or re.match("https?://", self.href), self, "href", "a URL")
         fits = (self.kind != "plain" and not self.anonymous) or not self.credentials_for
         names = ", ".join(self.credentials_for)
         need(fits, "credentials_for", f"no names where nothing is signed, found {names}")
@@ -98,7 +98,7 @@ class Access:
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) for name in self.credentials_for
         )
         need(bare, "credentials_for", f"bare names such as files.example.org, found {names}")
-        check_field(self, "connections", 1 <= self.connections <= 256, "1..256")
+        check_field(1 <= self.connections <= 256, self, "connections", "1..256")
 
     def hosts(self) -> frozenset[str]:
         """Return the host of the service or endpoint, and the hosts allowed to see a token."""
@@ -138,7 +138,7 @@ class Source:
 
     def __post_init__(self) -> None:
         kinds = ("stac-api", "stac-geoparquet")
-        check_field(self, "kind", self.kind in kinds, f"one of {', '.join(kinds)}")
+        check_field(self.kind in kinds, self, "kind", f"one of {', '.join(kinds)}")
         names = (*BANDS, SCL)
         found = ", ".join(self.assets)
         fits = set(self.assets) <= set(names)
@@ -147,10 +147,10 @@ class Source:
         need(has_mask, "assets", f"an entry for {SCL} (the mask), found {found}")
         sizes = set(self.resolution_m) <= set(names) and set(self.resolution_m.values()) <= {10, 20}
         need(sizes, "resolution_m", f"10 or 20 metres by band, found {dict(self.resolution_m)}")
-        check_field(self, "tile_px", self.tile_px > 0, "pixels above 0")
-        check_field(self, "searches_per_s", 0 < self.searches_per_s <= 100, "above 0 and up to 100")
+        check_field(self.tile_px > 0, self, "tile_px", "pixels above 0")
+        check_field(0 < self.searches_per_s <= 100, self, "searches_per_s", "above 0 and up to 100")
         is_month = self.since is None or re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", self.since)
-        check_field(self, "since", is_month, "a month YYYY-MM in quotes")
+        check_field(is_month, self, "since", "a month YYYY-MM in quotes")
 
     def bands(self) -> tuple[str, ...]:
         """Return the bands named in `assets`; all bands if `assets` is empty."""

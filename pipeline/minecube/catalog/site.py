@@ -40,16 +40,15 @@ class Site:
         need_name(self.id)
         number = isinstance(self.margin, int | float) and not isinstance(self.margin, bool)
         fits = number and 0 <= self.margin <= LARGEST_MARGIN_M
-        check_field(self, "margin", fits, f"metres from 0 to {LARGEST_MARGIN_M}")
+        check_field(fits, self, "margin", f"metres from 0 to {LARGEST_MARGIN_M}")
         is_known = self.split in (None, "train", "val", "test")
-        check_field(self, "split", is_known, "train, val, test or null")
+        check_field(is_known, self, "split", "train, val, test or null")
         if self.geometry is not None:
             kind = self.geometry.geom_type
             need(kind in ("Polygon", "MultiPolygon"), "geometry", f"a polygon, found {kind}")
             need(not self.geometry.is_empty, "geometry", "a polygon with area, found an empty one")
             reason = shapely.is_valid_reason(self.geometry)
-            is_valid = reason == "Valid Geometry"
-            need(is_valid, "geometry", f"a valid polygon, found {reason}")
+            need(self.geometry.is_valid, "geometry", f"a valid polygon, found {reason}")
             bounds = self.geometry.bounds
             west, south, east, north = bounds
             in_degrees = west >= -180 and east <= 180 and south >= -90 and north <= 90

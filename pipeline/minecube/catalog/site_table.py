@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -256,10 +255,12 @@ def _site_of(
 
 def _parse_margin(value: Any) -> Any:
     """Convert text and decimals to a number; other values stay."""
-    with contextlib.suppress(ValueError):
-        if isinstance(value, str | Decimal):
-            return float(value)
-    return value
+    if not isinstance(value, str | Decimal):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def _parse_years(value: Any) -> tuple[int, ...]:

@@ -56,7 +56,8 @@ class Lock:
 def hold(store: Store, name: str, *, wait_s: float = 0.0) -> AbstractContextManager[Lock]:
     """Keep a lock of a store: a lease in an object store, a file lock in a folder.
 
-    Yields the lock, to check before a commit that it is still held. `name` is the path of the group
+    The result is a context manager that yields the lock. Check the lock before a commit: it must
+    still be held. `name` is the path of the group
     or part in the store that only one run may write. `wait_s` is the time to wait for another
     holder, in seconds; 0 fails at once.
 

@@ -186,10 +186,11 @@ class Store:
 
     def read_attributes(self, path: str) -> dict[str, Any]:
         """Return the attributes of a group; empty if it is missing or damaged."""
-        with contextlib.suppress(CubeError):
+        try:
             group = self.find_group(path)
-            return {} if group is None else dict(group.attrs)
-        return {}
+        except CubeError:
+            return {}
+        return {} if group is None else dict(group.attrs)
 
     def open_site(self, site_id: str, mode: str = "r") -> zarr.Group:
         """Open a site's group.

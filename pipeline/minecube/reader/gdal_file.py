@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import rasterio
 from affine import Affine
@@ -21,8 +21,6 @@ from rasterio.io import MemoryFile
 from minecube.network import MissingError
 from minecube.reader.transfer import Head, Tally
 
-OpenedFile = tuple[Callable[[], "RemoteFile | BinaryIO"], int]
-"""How to open a file at its first byte, and its size in bytes."""
 _LEAST = 65536  # bytes, smallest plain read beyond the head; ranges of tiles are fetched exactly
 
 
@@ -109,6 +107,15 @@ class RemoteFile:
         return bytes(min(length, max(self._head.size - start, 0)))
 
 
+class _Content(NamedTuple):
+    """A file for GDAL."""
+
+    open_again: Callable[[], RemoteFile | BinaryIO]
+    """Opens the file at its first byte."""
+    size: int
+    """In bytes."""
+
+
 @MultiByteRangeResourceContainer.register
 class _OpenFiles:
     """The open remote files of this process, for `rasterio.open(..., opener=)`.
@@ -121,15 +128,18 @@ class _OpenFiles:
 
     def __init__(self) -> None:
         content = _make_image()
-        self._files: dict[str, OpenedFile] = {"0": (lambda: io.BytesIO(content), len(content))}
+        self._files: dict[str, _Content] = {
+            "0": _Content(lambda: io.BytesIO(content), len(content))
+        }
         self._numbers = itertools.count(1)
         self._image = rasterio.open("remote/0", opener=self, driver="GTiff")
         self.context = contextvars.copy_context()
         """Where rasterio looks up this opener. Other threads have other contexts."""
+        # GDAL must not close the image after Python's end: this ends in a crash.
         atexit.register(self.context.copy().run, self._image.close)
 
     @contextmanager
-    def give_name(self, file: OpenedFile) -> Iterator[str]:
+    def give_name(self, file: _Content) -> Iterator[str]:
         """Give the file a name for `rasterio.open`, within a context."""
         number = str(next(self._numbers))
         self._files[number] = file
@@ -140,7 +150,7 @@ class _OpenFiles:
 
     def open(self, path: str, _mode: str = "rb", **_: Any) -> RemoteFile | BinaryIO:
         """Open the file of this name. Names visible to GDAL and its logs contain no URL."""
-        return self._find(path)[0]()
+        return self._find(path).open_again()
 
     def isfile(self, path: str) -> bool:
         """Return whether a file has this name; sidecar files do not exist."""
@@ -160,9 +170,9 @@ class _OpenFiles:
 
     def size(self, path: str) -> int:
         """Return the file's size in bytes."""
-        return self._find(path)[1]
+        return self._find(path).size
 
-    def _find(self, path: str) -> OpenedFile:
+    def _find(self, path: str) -> _Content:
         file = self._files.get(_number_of(path))
         if file is None:
             raise FileNotFoundError(path)
@@ -196,19 +206,24 @@ def open_remote(
     size: int,
     open_name: Callable[[str], rasterio.DatasetReader],
 ) -> Iterator[rasterio.DatasetReader]:
-    """Open a remote image within a context, itself within `rasterio.Env(**images.SETTINGS)`.
+    """Open a remote image in a `with` statement, within `rasterio.Env(**images.SETTINGS)`.
 
-    Without these settings, GDAL looks for sidecar files while it reads, and fails.
+    Without these settings, GDAL looks for sidecar files while it reads, and fails. Lost bytes do
+    not raise: GDAL gets zeros, and the caller must check the error of the file's tally. The image
+    is closed here and nowhere else.
 
     Args:
         open_again: Opens the file at its first byte. GDAL may call this several times.
         size: Size of the file in bytes.
-        open_name: Opens the image of a name.
+        open_name: Opens the image of a name. It closes the image if it fails later.
+
+    Raises:
+        RasterioError, ForbiddenError: As `open_name` does.
     """
     with _LOCK:
         files = _make_open_files()
     context = files.context.copy()
-    with files.give_name((open_again, size)) as name:
+    with files.give_name(_Content(open_again, size)) as name:
         image = context.run(open_name, name)
         try:
             yield image

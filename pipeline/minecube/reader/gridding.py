@@ -22,8 +22,6 @@ from rasterio.warp import transform_bounds
 from rasterio.windows import Window, from_bounds
 
 from minecube.arrays import UInt16
-from minecube.errors import ReadError
-from minecube.network import remove_query
 from minecube.reader.transfer import Tally
 
 _SAME = 1e-3  # pixels: corners this close are the same, as whole metres in UTM
@@ -114,16 +112,7 @@ def read_nested(
 def warp(
     image: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally
 ) -> UInt16:
-    """Resample an open file onto a grid, in strips: uint16 (y, x), 0 at invalid pixels.
-
-    Raises:
-        ReadError: The file has no CRS.
-    """
-    if image.crs is None:
-        raise ReadError(
-            f"{remove_query(image.name)}: the file has no CRS, "
-            "so its pixels cannot be placed on the grid; replace the file"
-        )
+    """Resample an open file onto a grid, in strips: uint16 (y, x), 0 at invalid pixels."""
     window = _window_of(image, grid)
     _count_stored(image, window, tally)
     height = grid.shape[0]

@@ -101,6 +101,11 @@ def read_file(
                     f"found {image.count} of {image.dtypes[0]}; not a Sentinel-2 band"
                 )
             nesting = nesting_of(image, grid)
+            if image.crs is None:
+                raise ReadError(
+                    f"{name}: the file has no CRS, "
+                    "so its pixels cannot be placed on the grid; replace the file"
+                )
             if nesting:
                 pixels = read_nested(image, grid, nesting, tally, out)
             else:

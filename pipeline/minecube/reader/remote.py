@@ -47,7 +47,6 @@ from minecube.reader.connections import (
     length_of,
     read_body,
 )
-from minecube.reader.gdal_file import RemoteFile, open_remote
 from minecube.reader.signing import PASSING, Signer
 from minecube.reader.transfer import Head, Tally
 
@@ -56,13 +55,11 @@ __all__ = [
     "PATIENCE_S",
     "Head",
     "Remote",
-    "RemoteFile",
     "Session",
     "Tally",
     "access_to",
     "interruption",
     "length_of",
-    "open_remote",
     "parse_retry_after",
     "remote_for",
 ]

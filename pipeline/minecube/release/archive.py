@@ -37,7 +37,8 @@ from rasterio.io import MemoryFile
 from minecube import images
 from minecube.errors import ReleaseError, UnreadArchiveError
 from minecube.network import ForbiddenError, RequestError, is_local, local_path, remove_query
-from minecube.reader.remote import Head, RemoteFile, Tally, access_to, open_remote
+from minecube.reader.gdal_file import RemoteFile, open_remote
+from minecube.reader.remote import Head, Tally, access_to
 from minecube.release.ranges import Bytes, LocalBytes, MissingBytesError, RemoteBytes, Spans
 from minecube.zips import LOCAL_HEADER, parse_local_header
 
@@ -340,7 +341,8 @@ def open_content(content: bytes) -> Iterator[rasterio.DatasetReader]:
 
     Raises:
         RasterioError: the member is not an image.
-        ForbiddenError: the image has another format than GeoTIFF, or is too large.
+        ForbiddenError: the image is neither GeoTIFF nor JPEG 2000, names another file for its
+            overviews, or is too large.
     """
     with (
         rasterio.Env(**images.SETTINGS),

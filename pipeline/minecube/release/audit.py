@@ -71,7 +71,8 @@ def audit_release(
 ) -> list[AuditFinding]:
     """Run all checks and return findings sorted by check, site and year.
 
-    `pixels` is `sum_pixels` of the import's images. Without it, the pixel checks are skipped.
+    `split` is the split as listed, including repetitions. `pixels` is `sum_pixels` of the import's
+    images. Without it, the pixel checks are skipped.
     """
     findings = [
         *_check_names(imported.about),

@@ -69,7 +69,8 @@ def resample_image(reflectance: xr.DataArray, grid: GeoBox) -> Int16:
     """Resample a year's reflectance bilinearly to another grid.
 
     Pixels with less than half of their weight observed become 0. Reflectance is uint16 [band, y, x],
-    0 = not observed, georeferenced like cubes. The result is int16, x 10000.
+    0 = not observed, georeferenced like cubes. The result is int16 [band, y, x], reflectance x 10000,
+    0 = not observed.
 
     Raises:
         ReleaseError: the grid extends beyond the cube.

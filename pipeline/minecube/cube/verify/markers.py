@@ -10,7 +10,7 @@ from minecube.cube.listing import attributes_in
 from minecube.cube.markers import PLACING, WITHDRAWN, is_staged, staged_year
 from minecube.cube.provenance import describe_grid, hash_build, untitled
 from minecube.cube.verify.findings import Finding
-from minecube.cube.verify.state import SiteState, check_empty_group, place_of
+from minecube.cube.verify.state import SiteState, place_of
 
 
 def check_markers(site: SiteState) -> Iterator[Finding]:
@@ -19,7 +19,7 @@ def check_markers(site: SiteState) -> Iterator[Finding]:
         int(name) for folder, name, *_ in _split_keys(site) if folder == "builds" and name.isdigit()
     }
     if marked or "builds/zarr.json" in site.files:
-        yield from check_empty_group(site.name, "builds/zarr.json", site.read("builds/zarr.json"))
+        yield from site.check_empty_group("builds/zarr.json")
     staged = {name for folder, name, *_ in _split_keys(site) if is_staged(f"{folder}/{name}/")}
     for name in sorted(staged):
         # The year may have been committed since the store was listed.

@@ -10,7 +10,7 @@ from minecube.cube.listing import attributes_in, parse_json
 from minecube.cube.markers import name_pixels
 from minecube.cube.template import LABELLING, WRITTEN_LATER
 from minecube.cube.verify.findings import Finding
-from minecube.cube.verify.state import SiteState, check_empty_group
+from minecube.cube.verify.state import SiteState
 from minecube.cube.views import completeness_by_index, list_mapped_pixels, list_unmapped
 
 
@@ -42,9 +42,7 @@ def check_predictions(site: SiteState) -> Iterator[Finding]:
         if folder == "predictions" and len(parts) > 1:
             names.add(parts[0])
     if names:
-        yield from check_empty_group(
-            site.name, "predictions/zarr.json", site.read("predictions/zarr.json")
-        )
+        yield from site.check_empty_group("predictions/zarr.json")
     pixels = {str(year): name_pixels(attrs) for year, attrs in site.committed.items() if attrs}
     for name in sorted(names):
         yield from _check_prediction(site, name, pixels)

@@ -80,6 +80,10 @@ class SiteState:
         advice = f"run `minecube {command or cure}` again, unless it is still running"
         return self.find(UNFINISHED, subject, f"{text}; {advice}", cure, year)
 
+    def check_empty_group(self, key: str) -> Iterator[Finding]:
+        """Check the metadata of a group without attributes."""
+        yield from check_empty_group(self.name, key, self.read(key))
+
     def year_at(self, index: int) -> int | None:
         """Return the year at an index; None beyond the last one."""
         return self.years[index] if index < len(self.years) else None
