@@ -140,3 +140,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small simulated archive with its sites, for command lines. Tests must not change it."""
+    from known_builds import make_world  # an import of seconds
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def built(world: Path) -> Path:
+    """The cubes of that archive, built and labelled. Tests must not change them."""
+    from known_builds import build_world
+
+    return build_world(world)

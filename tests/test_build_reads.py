@@ -11,18 +11,8 @@ import rasterio
 import xarray as xr
 import yaml
 
-from known_builds import args, build_world, items_of, make_world, run, write_items
+from known_builds import args, items_of, run, write_items
 from minecube import cube
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def built(world):
-    return build_world(world)
 
 
 def test_a_missing_and_a_truncated_file_fail_one_site_year_each_and_nothing_else(world, tmp_path):

@@ -10,22 +10,12 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from known_builds import args, build_world, make_world, run_here
+from known_builds import args, run_here
 from minecube import cube, scenes
 from minecube.catalog import Registration, load_recipes, load_sites, load_sources
 from minecube.composite import reducers
 from minecube.errors import SceneError
 from minecube.jobs import build as building
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def built(world):
-    return build_world(world)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,8 @@ import pytest
 import yaml
 from shapely.geometry import box
 
-from known_builds import args, items_of, make_world, run, run_here, write_items
+from known_builds import args, items_of, run, run_here, write_items
 from minecube.catalog import load_sites
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
 
 
 def test_dry_run_writes_nothing(world, tmp_path):

@@ -12,25 +12,13 @@ import time
 import urllib.request
 
 import pyarrow.parquet as pq
-import pytest
 import xarray as xr
 import yaml
 import zarr
 
-from known_builds import args, build_world, make_world
+from known_builds import args
 from known_scenes import serve
 from minecube import cube
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def built(world):
-    return build_world(world)
-
 
 # The main thread, which hears signals, is not the one that is given this; and it is not ignored, as in a shell's background.
 ANOTHER_IS_GIVEN_IT = """

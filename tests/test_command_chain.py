@@ -11,18 +11,8 @@ import pytest
 import xarray as xr
 from shapely.geometry import box
 
-from known_builds import build_world, make_world, run
+from known_builds import run
 from minecube import cube
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def built(world):
-    return build_world(world)
 
 
 def test_built_cubes_and_labels(world, built):

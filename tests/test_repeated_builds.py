@@ -9,24 +9,13 @@ import sys
 import time
 
 import geopandas as gpd
-import pytest
 import xarray as xr
 import zarr
 
-from known_builds import args, build_world, make_world, run, run_here
+from known_builds import args, run, run_here
 from known_scenes import site_of
 from minecube import cube
 from minecube.catalog import load_sites, load_sources
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def built(world):
-    return build_world(world)
 
 
 def test_a_second_build_keeps_everything_and_needs_no_archive(world, built, tmp_path):
