@@ -129,16 +129,11 @@ class StoreSites:
 
 
 def _check_store(_ctx: click.Context, _param: click.Parameter, name: str) -> cube.Store:
-    store = cube.Store(name)
-    store.check_answers()
-    return store
+    return cube.Store.connect(name)
 
 
 def _check_writable(_ctx: click.Context, _param: click.Parameter, name: str) -> cube.Store:
-    store = cube.Store(name)
-    store.need_writable()
-    store.check_answers()
-    return store
+    return cube.Store.connect(name, writable=True)
 
 
 def _keep_layer(ctx: click.Context, _param: click.Parameter, layer: str | None) -> None:

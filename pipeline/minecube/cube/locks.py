@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -53,22 +53,25 @@ class Lock:
         """Raise BusyError if another run has taken over the lock. No run can take over a flock."""
 
 
-def hold(store: Store, name: str, *, wait_s: float = 0.0) -> AbstractContextManager[Lock]:
-    """Keep a lock of a store: a lease in an object store, a file lock in a folder.
+@contextmanager
+def hold(store: Store, name: str, *, wait_s: float = 0.0) -> Iterator[Lock]:
+    """Keep a lock of a store for writing: a lease in an object store, a file lock in a folder.
 
-    The result is a context manager that yields the lock. Check the lock before a commit: it must
-    still be held. `name` is the path of the group
+    Yields the lock. Check it before a commit: it must still be held. `name` is the path of the group
     or part in the store that only one run may write. `wait_s` is the time to wait for another
     holder, in seconds; 0 fails at once.
 
     Raises:
         BusyError: another run holds the lock.
-        CubeError: the file system has no locks.
-        OSError: the lock cannot be written.
+        CubeError: the file system has no locks, the store is packed, or it cannot be written.
     """
-    if store.path is None:
-        return _hold_lease(store, name, wait_s)
-    return _hold_file(store.path, name, wait_s)
+    with store.writing():
+        if store.path is None:
+            with _hold_lease(store, name, wait_s) as lease:
+                yield lease
+        else:
+            with _hold_file(store.path, name, wait_s) as lock:
+                yield lock
 
 
 def _busy(store: object, name: str, holder: dict[str, Any]) -> BusyError:

@@ -11,7 +11,6 @@ import pandas as pd
 import zarr
 import zarr.errors
 
-from minecube.cube.locks import WAIT_S, hold
 from minecube.cube.provenance import hash_build
 from minecube.cube.store import Store
 from minecube.digests import sha256_of_json
@@ -160,16 +159,3 @@ def read_counts(store: Store, site_id: str, year: int) -> pd.DataFrame:
         if "reads" in group:
             return pd.read_parquet(io.BytesIO(bytes(group["reads"][:])))
     raise CubeError(f"{store}: there are no counts of reads for {site_id} {year}; build it first")
-
-
-def note_lost_reads(store: Store, site_id: str) -> None:
-    """Note years with lost reads in the cube's attribute `incomplete_reads`: year -> share read."""
-    with hold(store, site_id, wait_s=WAIT_S):
-        group = store.open_site(site_id, mode="r+")
-        shares = {}
-        for year in group["year"][:]:
-            marker = read_marker(store, site_id, int(year))
-            if marker is not None and completeness_of(marker) < 1:
-                shares[str(year)] = completeness_of(marker)
-        if shares != group.attrs.get("incomplete_reads", {}):
-            group.attrs["incomplete_reads"] = shares

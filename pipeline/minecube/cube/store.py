@@ -87,21 +87,29 @@ class Store:
         """Return a folder for unpacking a packed store. It differs from the original folder."""
         return f"{self.name.rstrip('/').removesuffix(packed.SUFFIX)}-unpacked"
 
-    def check_answers(self) -> None:
-        """List one object of an object store, to find a silent store in seconds, not minutes.
+    @classmethod
+    def connect(cls, name: str, *, writable: bool = False) -> Store:
+        """Open a store, and list one object of an object store.
+
+        A silent object store is found in seconds, not minutes.
 
         Raises:
-            CubeError: the endpoint is no URL.
+            CubeError: as `Store`; the endpoint is no URL, or the store must be writable and is
+                packed.
             obstore.exceptions.BaseError: the store does not answer, refuses the keys, or lacks the
                 bucket.
         """
-        if self.path is None:
-            _check_endpoint(self.name)
+        store = cls(name)
+        if writable:
+            store.need_writable()
+        if store.path is None:
+            _check_endpoint(store.name)
             hurried = from_url(
-                self.name,
+                store.name,
                 retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=_ANSWERS_S)},
             )
             next(iter(obstore.list(hurried, chunk_size=1)), None)
+        return store
 
     # Objects
 

@@ -24,7 +24,7 @@ def default_folder(store: cube.Store) -> Path:
     It is next to the store, or in the current folder for a URL.
     """
     name = store.name.rstrip("/")
-    if "://" in name:
+    if store.path is None:
         name = name.rpartition("/")[2]
     return Path(f"{name}-scenes")
 

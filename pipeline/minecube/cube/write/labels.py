@@ -40,7 +40,7 @@ def write_footprint(
     if fraction is None:
         fraction = xr.full_like(footprint, UNKNOWN)
     fraction = fraction.sel(year=footprint.year)
-    with store.writing(), hold(store, site_id, wait_s=WAIT_S):
+    with hold(store, site_id, wait_s=WAIT_S):
         group = store.open_site(site_id, mode="r+")
         if not footprint.odc.geobox == fraction.odc.geobox == grid_in(group.attrs):
             raise CubeError(

@@ -127,7 +127,7 @@ def write_prediction(
                 "change under the map; run `minecube build` until it says built"
             )
     writer = _Writer(store, site_id, prediction, target, pixels)
-    with store.writing(), hold(store, prediction_path(site_id, prediction.model)) as lock:
+    with hold(store, prediction_path(site_id, prediction.model)) as lock:
         group, complete = writer.begin(overwrite=overwrite)
         todo = [view for view in prediction.views if label_of(view) not in complete]
         if not todo:

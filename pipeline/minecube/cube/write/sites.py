@@ -96,7 +96,7 @@ def create_site(
         BusyError: another run has held the group for minutes.
         CubeError: as `check_site`, or the store cannot be written.
     """
-    with store.writing(), hold(store, site.id, wait_s=WAIT_S):
+    with hold(store, site.id, wait_s=WAIT_S):
         if check_site(store, site, grid, years, recipe):
             group = store.open_site(site.id, mode="r+")
             extend(group, years)

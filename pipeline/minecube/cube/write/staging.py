@@ -26,12 +26,14 @@ import pandas as pd
 import zarr
 
 from minecube.cube.checksums import ChecksumStore, seal, size_and_sha256
+from minecube.cube.locks import WAIT_S, hold
 from minecube.cube.markers import (
     PLACING,
     STAGED,
     WITHDRAWN,
+    completeness_of,
     marker_path,
-    note_lost_reads,
+    read_marker,
     staged_year,
 )
 from minecube.cube.provenance import hash_run
@@ -256,9 +258,22 @@ def finish(store: Store, site_id: str, year: int) -> None:
             withdraw(store, site_id, year)
             return
     if "reads" in marker:
-        note_lost_reads(store, site_id)
+        _note_lost_reads(store, site_id)
     discard(store, site_id, year)
     group.attrs.put(marker)  # last: after a kill, the next run finishes the work
+
+
+def _note_lost_reads(store: Store, site_id: str) -> None:
+    """Note years with lost reads in the cube's attribute `incomplete_reads`: year -> share read."""
+    with hold(store, site_id, wait_s=WAIT_S):
+        group = store.open_site(site_id, mode="r+")
+        shares = {}
+        for year in group["year"][:]:
+            marker = read_marker(store, site_id, int(year))
+            if marker is not None and completeness_of(marker) < 1:
+                shares[str(year)] = completeness_of(marker)
+        if shares != group.attrs.get("incomplete_reads", {}):
+            group.attrs["incomplete_reads"] = shares
 
 
 def _place(store: Store, source: str, target: str, checksum: Sequence[Any]) -> bool:

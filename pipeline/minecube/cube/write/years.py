@@ -44,7 +44,7 @@ def write_year(
     """
     site_id = provenance["site"]
     year = provenance["year"]
-    with store.writing(), hold(store, marker_path(site_id, year)) as lock:
+    with hold(store, marker_path(site_id, year)) as lock:
         finish(store, site_id, year)
         if is_committed(
             store,
@@ -140,8 +140,7 @@ def finish_commit(store: Store, site_id: str, year: int) -> None:
     marker = read_marker(store, site_id, year)
     if marker is None or PLACING not in marker:
         return
-    lock = hold(store, marker_path(site_id, year))
-    with contextlib.suppress(BusyError), store.writing(), lock:
+    with contextlib.suppress(BusyError), hold(store, marker_path(site_id, year)):
         finish(store, site_id, year)
 
 
@@ -162,5 +161,5 @@ def withdraw_years(
     """
     markers = judged or {}
     for year in years:
-        with store.writing(), hold(store, marker_path(site_id, year)):
+        with hold(store, marker_path(site_id, year)):
             withdraw(store, site_id, year, markers.get(year, {}).get("sha256"))
