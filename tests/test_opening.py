@@ -212,6 +212,24 @@ def test_a_flipped_bit_is_an_error_not_a_pixel(store, tmp_path):
     )
 
 
+def test_a_flipped_bit_in_the_index_is_an_error_not_no_data(store, tmp_path):
+    """A chunk that the index does not name would read as fill value."""
+    path = tmp_path / "cubes.zarr/pit/reflectance/c/0/0/0/0"
+    whole = path.read_bytes()
+    index = 4 * 16 + 4
+    for at in range(len(whole) - index, len(whole)):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        path.unlink()
+        path.write_bytes(damaged)
+        with pytest.raises(
+            CubeError, match=r"CRC-32C of its index is wrong.*run `minecube verify`"
+        ):
+            cube.open_committed(store, "pit").reflectance.sel(year=2019)[:, :64, :64].load()
+        with pytest.raises(ValueError, match=r"checksum|crc32c"):
+            zarr.open_array(f"{store}/pit/reflectance", mode="r")[0, :, :64, :64]
+
+
 def test_natural_next_steps_work(store, site, tmp_path):
     grid = grid_of(site)
     masks = xr.DataArray(

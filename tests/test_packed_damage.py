@@ -63,6 +63,17 @@ def test_a_flipped_bit_in_a_shard_is_named(whole, tmp_path):
     assert commands[-1] == f"minecube pack --store {folder} --out {out}"
 
 
+@pytest.mark.parametrize("key", ["pit/builds/2020/zarr.json", "pit/zarr.json"])
+def test_a_flipped_bit_in_metadata_is_damage_not_a_change_meanwhile(whole, tmp_path, key):
+    cube.pack(cube.Store(whole), out := tmp_path / "pit.zip", ["pit"])
+    start, size = place(out, key)
+    flip(out, start + size // 2)
+    found = cube.verify(cube.Store(out)).findings
+    assert key.partition("/")[2] in {f.what for f in found if f.kind == "damaged"}
+    assert not [f for f in found if f.kind == "unfinished"]
+    assert CliRunner().invoke(cli, ["verify", "--store", str(out)]).exit_code == 1
+
+
 def test_the_zips_own_checksum_serves_where_there_is_no_other(whole, tmp_path):
     """Of a year built before checksums were kept."""
     store = Path(shutil.copytree(whole, tmp_path / "cubes.zarr"))

@@ -168,12 +168,18 @@ def _map(path: str) -> mmap.mmap:
 
 
 def _read_index(name: str, file: mmap.mmap, start: int, size: int, shape: tuple[int, int]) -> Shard:
-    """Make a shard with its index, stored before the last four bytes (the index checksum)."""
+    """Make a shard with its index, stored before its CRC-32C of four bytes at the end."""
     length = _INDEX_ENTRY * shape[0] * shape[1]
     if size < length + _CRC_BYTES:
         raise CubeError(
             f"{name}: is too short for a shard, so it is damaged; run `minecube verify`"
         )
     end = start + size - _CRC_BYTES
-    index = np.frombuffer(file[end - length : end], "<u8")
+    content = file[end - length : end]
+    # A wrong index may point to another chunk, or to none: this would read as fill value.
+    if crc32c(content) != int.from_bytes(file[end : end + _CRC_BYTES], "little"):
+        raise CubeError(
+            f"{name}: the CRC-32C of its index is wrong, so it is damaged; run `minecube verify`"
+        )
+    index = np.frombuffer(content, "<u8")
     return Shard(file, start, size, index.reshape(*shape, 2).tolist())

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from minecube.cube.listing import choose_sites, list_files, read_object
 from minecube.cube.store import Store
@@ -100,9 +101,16 @@ def _order(finding: Finding) -> tuple[str, int, str]:
     return finding.site, finding.year or 0, finding.what
 
 
+def _differ(content: Any, later: Any) -> bool:
+    """Whether two reads of an object differ. The errors of an unreadable object are equal."""
+    if isinstance(content, Exception) and isinstance(later, Exception):
+        return str(content) != str(later)
+    return bool(content != later)
+
+
 def _without_changed(site: SiteState, findings: list[Finding]) -> list[Finding]:
     """Replace the findings about metadata written during the check by one `unfinished` each."""
-    changed = {key for key, content in site.judged.items() if site.read(key) != content}
+    changed = {key for key, content in site.judged.items() if _differ(content, site.read(key))}
     valid = []
     outdated = {}
     for finding in findings:
