@@ -51,6 +51,7 @@ from shapely.geometry import box
 from minecube import cube, models
 from minecube.catalog import BANDS, ModelCard, Recipe, Site, load_models
 from minecube.grid import grid_of
+from minecube.jobs.memory import keep_memory
 from minecube.jobs.tables import format_table
 from minecube.models import Compute
 from minecube.models.folding import fold_batch_norms
@@ -100,6 +101,7 @@ def main() -> None:
         f"Python {platform.python_version()}, torch {torch.__version__}"
     )
     print(machine, flush=True)
+    keep_memory()  # like `minecube predict`, and also for the network alone
     with tempfile.TemporaryDirectory() as folder:
         store = write_cube(Path(folder) / "cubes.zarr", WIDTH)
         results = {
@@ -384,6 +386,7 @@ def measure_peak(store: str, model: str, cards: dict[str, ModelCard]) -> float:
         window = (*times, len(card.bands), card.window_px, card.window_px)
         trained.network(torch.zeros(1, *window))
     before = _read_megabytes("VmRSS")
+    keep_memory()  # after `before`, which must not include freed memory
     time_end_to_end(store, models.Mapper(trained), views)
     return _read_megabytes("VmHWM") - before
 

@@ -24,6 +24,7 @@ from minecube.cli.options import (
 from minecube.cli.parameters import Pairs
 from minecube.errors import CubeError
 from minecube.jobs.catalogs import load_all_models
+from minecube.jobs.memory import keep_memory
 from minecube.jobs.predict import (
     MapOptions,
     Mapped,
@@ -138,6 +139,7 @@ def predict(
     start = time.monotonic()
     with connect_workers(scheduler) as pool:
         if pool is None:
+            keep_memory()
             results: Iterator[tuple[str, Mapped]] = (
                 _map_here(store, site, mapper, options) for site in built
             )

@@ -20,9 +20,9 @@ MinecubeError. Long jobs take a `progress` callback.
 
     selection.py    choose sites              scene_lists.py  search or load lists of scenes
     catalogs.py     entries of catalogues     copies.py       replace scenes with missing files
-    workers.py      tasks on a Dask cluster   repair.py       commands that mend a store
-    failures.py     explain errors            score_tables.py tables and pictures of scores
-    tables.py       text tables and files
+    workers.py      tasks on a Dask cluster   memory.py       keep freed memory
+    failures.py     explain errors            repair.py       commands that mend a store
+    tables.py       text tables and files     score_tables.py tables and pictures of scores
 
 Every other module is one job. Names are loaded at their first use. Importing the package loads
 neither torch nor dask.
