@@ -236,6 +236,37 @@ def test_remote_images_share_one_file_system_of_gdal(tmp_path):
     assert len({name.rpartition("/")[0] for name in names}) == 1
 
 
+class Counted(RemoteFile):
+    """A remote file that counts how many of its kind are open."""
+
+    still_open = 0
+
+    def __enter__(self):
+        Counted.still_open += 1
+        return self
+
+    def __exit__(self, *_):
+        Counted.still_open -= 1
+
+
+def test_a_refused_image_is_closed(tmp_path):
+    """Closed later, by another thread, GDAL would find neither the file nor its name."""
+    write_tif(tmp_path / "band.tif", unique_pixels(64, 64), grid_at(LEFT, TOP, 64, 64))
+    with serve(tmp_path) as url:
+        tally = Tally()
+        remote = Remote(Access())
+        head = remote.head(f"{url}/band.tif", tally)
+        open_again = functools.partial(Counted, remote, f"{url}/band.tif", head, tally)
+        open_name = functools.partial(images.open_image, beginning=head.data, most_px=1)
+        with (
+            pytest.raises(images.TooLargeError) as refused,
+            rasterio.Env(**images.SETTINGS),
+            open_remote(open_again, head.size, open_name),
+        ):
+            pass
+    assert Counted.still_open == 0, refused.value  # whose traceback would keep the image open
+
+
 def test_a_file_without_crs_is_named(tmp_path):
     profile = {"driver": "GTiff", "width": 4, "height": 4, "count": 1, "dtype": "uint16"}
     place = Affine(10, 0, LEFT, 0, -10, TOP)
