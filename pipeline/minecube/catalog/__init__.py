@@ -12,6 +12,8 @@ by a folder with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models
     model.py         A network, before and after training.
     training.py      How a network is trained.
     releases.py      A published dataset.
+    dataset.py       A whole dataset to run.
+    years.py         Reads years from text.
     mission.py       Bands of Sentinel-2.
     fields.py        Checks of fields, and names of sites.
     loaders.py       Loads the YAML files.
@@ -20,6 +22,7 @@ by a folder with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models
 """
 
 from minecube.catalog.conversion import as_dict, rebuild_model_card, rebuild_recipe
+from minecube.catalog.dataset import Dataset, load_dataset
 from minecube.catalog.fields import make_id, match_ids
 from minecube.catalog.loaders import (
     describe_yaml_error,
@@ -48,6 +51,7 @@ from minecube.catalog.scene_source import ASSET_KEYS, Access, Offset, Source
 from minecube.catalog.site import LARGEST_MARGIN_M, MARGIN_M, Site
 from minecube.catalog.site_table import load_sites
 from minecube.catalog.training import TrainingSettings
+from minecube.catalog.years import format_years, parse_years
 
 __all__ = [
     "ASSET_KEYS",
@@ -63,6 +67,7 @@ __all__ = [
     "Access",
     "BestPixel",
     "BrightOverride",
+    "Dataset",
     "HazeTest",
     "MaskRule",
     "ModelCard",
@@ -76,6 +81,8 @@ __all__ = [
     "Weights",
     "as_dict",
     "describe_yaml_error",
+    "format_years",
+    "load_dataset",
     "load_models",
     "load_presets",
     "load_recipes",
@@ -84,6 +91,7 @@ __all__ = [
     "load_sources",
     "make_id",
     "match_ids",
+    "parse_years",
     "pick",
     "rebuild_model_card",
     "rebuild_recipe",

@@ -86,6 +86,8 @@ def _convert(hint: Any, value: Any, field: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return _convert_optional(parts, value, field)
     if dataclasses.is_dataclass(hint):
+        if type(value) is hint:  # built before, to give errors the place in its file
+            return value
         name = getattr(hint, "__name__", "")
         need(isinstance(value, Mapping), field, f"fields of {name}, found {value!r}")
         return build(typing.cast("type[Any]", hint), value)

@@ -130,7 +130,7 @@ def _load_entries(cls: type[Entry], path: Path) -> dict[str, Entry]:
 def _read_yaml(path: Path) -> Mapping[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
+        content = read_unique_yaml(text)
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise CatalogError(
             f"{path}: cannot be read as a catalogue: {describe_yaml_error(error)}"
@@ -138,6 +138,11 @@ def _read_yaml(path: Path) -> Mapping[Any, Any]:
     if not isinstance(content, Mapping):
         raise CatalogError(f"{path}: expected entries by id, found {type(content).__name__}")
     return content
+
+
+def read_unique_yaml(text: str) -> Any:
+    """Read YAML of plain values. Raises yaml.YAMLError, also for a repeated key."""
+    return yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
 
 
 class _UniqueKeys(yaml.SafeLoader):

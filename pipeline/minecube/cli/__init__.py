@@ -38,6 +38,7 @@ COMMANDS = {
     "audit": "Compare what sources list with the passes expected from the orbits.",
     "plan": "Estimate the requests, bytes, memory, time and cost of a build.",
     "release": "Import, audit or re-create the published EuroMineNet archive.",
+    "run": "Run all steps of a whole dataset, and resume them.",
     "build": "Composite scenes into annual cubes.",
     "polygons": "Check, repair and compare mine polygons.",
     "label": "Draw mine polygons on the grids of the cubes.",
@@ -57,6 +58,7 @@ COMMANDS = {
 
 _AGAIN = "run the same command again"
 AFTER_INTERRUPT = {
+    "run": f"finished steps are safe; {_AGAIN} to resume",
     "build": f"committed years are safe; {_AGAIN} to resume",
     "predict": f"committed years are safe; {_AGAIN} to resume",
     "bench": f"finished models and maps are safe; {_AGAIN} to resume",

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from minecube.catalog import parse_years
+
 Pair = tuple[int, int]
 
 SEED = click.IntRange(min=0, max=2**32 - 1)
@@ -83,17 +85,10 @@ class Years(click.ParamType[tuple[int, ...]]):
         """Convert text to ascending years, each once."""
         if isinstance(value, tuple):
             return value
-        years: set[int] = set()
-        for part in str(value).split(","):
-            match = re.fullmatch(r"\s*(\d{4})(?:\s*-\s*(\d{4}))?\s*", part)
-            span = range(0)
-            if match:
-                start = int(match[1])
-                span = range(start, int(match[2] or start) + 1)
-            if not span:
-                self.fail(f"{value!r}: expected years such as 2019-2023 or 2019,2021", param, ctx)
-            years |= set(span)
-        return tuple(sorted(years))
+        try:
+            return parse_years(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Pairs(click.ParamType[tuple[int | Pair, ...]]):

@@ -36,7 +36,7 @@ import xarray as xr
 from odc.geo.geobox import GeoBox
 
 from minecube.catalog import REDUCERS, SCL, Recipe
-from minecube.composite.block import composite_block
+from minecube.composite.block import BLOCK_BYTES, composite_block
 from minecube.composite.needs import pixel_size_of, sort_in_mosaic_order
 from minecube.composite.reducers import geomedian as numpy_geomedian
 from minecube.composite.task import GeomedianFunction
@@ -44,7 +44,7 @@ from minecube.errors import ReadError
 from minecube.grid import iterate_blocks
 from minecube.reader import Ledger
 
-__all__ = ["GeomedianFunction", "composite", "composite_block"]
+__all__ = ["BLOCK_BYTES", "GeomedianFunction", "composite", "composite_block"]
 
 
 def composite(
@@ -55,6 +55,7 @@ def composite(
     *,
     year: int | None = None,
     geomedian: GeomedianFunction = numpy_geomedian,
+    block_bytes: int = BLOCK_BYTES,
 ) -> xr.Dataset:
     """Composite one year of one site, lazily.
 
@@ -68,6 +69,8 @@ def composite(
         ledger: Counts the reads made in this process. Its settings allow or forbid lost reads.
         year: Year of the composite. Required if the scenes are of several years.
         geomedian: The geomedian for recipes that use it, by default numpy's.
+        block_bytes: Memory limit of a block. A block above it is made in parts, with the same
+            pixels.
 
     Returns:
         `reflectance` uint16 [band, y, x], x 10000, 0 = no observation, valid >= 1. Halves are
@@ -98,7 +101,9 @@ def composite(
     )
     for _, row in row_of_blocks:
         boxes = [grid[block] for block in row]
-        composites = [task(shared_scenes, box, recipe, year, geomedian, ledger) for box in boxes]
+        composites = [
+            task(shared_scenes, box, recipe, year, geomedian, ledger, block_bytes) for box in boxes
+        ]
         for name, dtype in dtypes.items():
             lead = (len(recipe.bands),) if name == "reflectance" else ()
             rows[name].append(

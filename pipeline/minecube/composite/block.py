@@ -65,19 +65,23 @@ def composite_block(
     year: int,
     geomedian: GeomedianFunction,
     ledger: Ledger | None = None,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Layers:
     """Composite one block: `reflectance` uint16 [band, y, x], and the recipe's layers [y, x].
 
     Scenes must be in the order of `sort_in_mosaic_order`. A block that needs more than
-    `BLOCK_BYTES` is made in parts, of `_SMALLEST_PX` pixels or more.
+    `block_bytes` of memory is made in parts, of `_SMALLEST_PX` pixels or more.
     """
     _, mask_margin_m = compute_margins(recipe)
     scenes = scenes_near(scenes, pad(box, mask_margin_m))
     if not scenes:
         return _make_empty_layers(box, recipe)
-    if estimate_memory(scenes, box, recipe) > BLOCK_BYTES and max(box.shape) >= 2 * _SMALLEST_PX:
+    if estimate_memory(scenes, box, recipe) > block_bytes and max(box.shape) >= 2 * _SMALLEST_PX:
         axis, halves = _halve(box)
-        parts = [composite_block(scenes, half, recipe, year, geomedian, ledger) for half in halves]
+        parts = [
+            composite_block(scenes, half, recipe, year, geomedian, ledger, block_bytes)
+            for half in halves
+        ]
         return {
             name: np.concatenate([part[name] for part in parts], axis=axis - 2) for name in parts[0]
         }

@@ -26,13 +26,14 @@ from minecube.export.credits import (
 from minecube.export.croissant import write_croissant
 from minecube.export.images import write_cogs, write_footprints, write_layers, write_table
 from minecube.export.netcdf import write_netcdf
-from minecube.export.stac import write_stac
+from minecube.export.stac import STAC_VERSION, write_stac
 from minecube.export.zarrs import write_zarr, write_zarr2
 
 __all__ = [
     "EUROMINENET",
     "NOT_STATED",
     "ORIGIN_SEPARATOR",
+    "STAC_VERSION",
     "Credit",
     "format_credits",
     "list_credits",

@@ -16,6 +16,7 @@ MinecubeError. Long jobs take a `progress` callback.
     ScoreTables.from_counts(counts)            -> ScoreTables       write_tables(tables, folder)
     export_sites(store, sites, folder)         -> paths             COG, NetCDF, Zarr, STAC
     run_benchmark(Benchmark(...))              -> paths             several networks, two tables
+    run(load_dataset("dataset.yaml"))          -> Summary           all steps of a whole dataset
     run_demo(folder, epochs)                   -> summary           everything, simulated
 
     selection.py    choose sites              scene_lists.py  search or load lists of scenes
@@ -47,6 +48,7 @@ _NAMES = {
     "publish": ("publish_sites",),
     "release": ("export_release",),
     "repair": ("repair_commands",),
+    "runs": ("RunOptions", "Summary", "run"),
     "score": ("count_sites", "score_site"),
     "score_tables": ("ScoreTables", "write_tables"),
     "selection": ("SiteChoice", "choose_sites", "stored_sites"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from minecube.catalog import Recipe, Site, Source
 from minecube.errors import CubeError, SceneError
 from minecube.files import replacing
 from minecube.grid import grid_of
+from minecube.jobs.scene_lists import load_or_search, path_of_list
 from minecube.scenes import coverage
 
 _SEARCHES = 4
@@ -81,7 +82,6 @@ def audit_scenes(
     scenes.check_years(years)
     for site in sites:
         grid_of(site)  # fail early for a site without polygon
-    until = datetime.now(tz=UTC).date() - _LAG
     by_month: list[pd.DataFrame] = []
     by_year: list[pd.DataFrame] = []
     failed: list[Unanswered] = []
@@ -89,7 +89,7 @@ def audit_scenes(
         listings, failures = _list_scenes(site, years, sources, progress)
         failed += failures
         if listings:
-            months, totals = coverage.tabulate_coverage(listings, recipe, until)
+            months, totals = coverage.tabulate_coverage(listings, recipe, _last_listed_day())
             by_month.append(months)
             by_year.append(totals)
     return Audit(
@@ -99,6 +99,37 @@ def audit_scenes(
         requested=len(sites) * len(years),
         failed_searches=tuple(failed),
     )
+
+
+def judge_lists(
+    site: Site, years: Sequence[int], sources: Sequence[Source], recipe: Recipe, folder: Path
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Compare a site's saved scene lists with the expected passes, without a search.
+
+    Years without a saved list are left out. A list holds the scenes of all sources together.
+
+    Returns the tables by month and by year, as in `Audit`.
+
+    Raises:
+        SceneError: a list belongs to another search.
+    """
+    listings = [
+        coverage.Listing(
+            site=site.id,
+            year=year,
+            source="+".join(source.id for source in sources),
+            result=load_or_search(site, year, sources, folder),
+        )
+        for year in years
+        if path_of_list(site, year, sources, folder).exists()
+    ]
+    if not listings:
+        return pd.DataFrame(), pd.DataFrame()
+    return coverage.tabulate_coverage(listings, recipe, _last_listed_day())
+
+
+def _last_listed_day() -> date:
+    return datetime.now(tz=UTC).date() - _LAG
 
 
 def save_audit(audit: Audit, folder: Path) -> None:

@@ -18,7 +18,14 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, scenes
 from minecube.catalog import Recipe, Site, Source
-from minecube.composite import GeomedianFunction, composite, plan, reducers, registration
+from minecube.composite import (
+    BLOCK_BYTES,
+    GeomedianFunction,
+    composite,
+    plan,
+    reducers,
+    registration,
+)
 from minecube.errors import (
     CatalogError,
     LostReadError,
@@ -28,7 +35,7 @@ from minecube.errors import (
 )
 from minecube.grid import grid_of
 from minecube.jobs.copies import Copies
-from minecube.jobs.failures import describe_failure
+from minecube.jobs.failures import classify, describe_failure
 from minecube.jobs.scene_lists import FindScenes, cache_lists, load_or_save
 from minecube.jobs.workers import iterate_finished
 from minecube.reader import Ledger, check_credentials, interruption
@@ -58,6 +65,8 @@ class BuildJob:
     """Number of simultaneous site-years on this machine."""
     geomedian: GeomedianFunction = reducers.geomedian
     """The geomedian for recipes that use it."""
+    block_fraction: float = 1.0
+    """Share of the usual memory of a block. Smaller blocks take longer; pixels are the same."""
 
     @property
     def lossy(self) -> bool:
@@ -89,6 +98,8 @@ class Outcome:
     seconds: float = 0.0
     message: str = ""
     """Reason of a failure, or remark on a kept build."""
+    error_class: str = ""
+    """Class of a failure, as from `failures.classify`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +223,11 @@ def build_year(
     try:
         outcome = _build_or_keep(site_year)
     except LostReadError as error:
-        advice = LostReadError(
+        advice = (
             f"{error}; name one more --source that has it, "
             "or accept lost reads with --min-read-completeness"
         )
-        outcome = _describe_failed(job.store, site, year, advice)
+        outcome = replace(_describe_failed(job.store, site, year, error), message=advice)
     except MinecubeError as error:
         outcome = _describe_failed(job.store, site, year, error)
     return replace(outcome, seconds=time.monotonic() - start)
@@ -292,9 +303,18 @@ def _composite_year(
         stopped=task.stopped,
         finished=note_time,
     )
+    annual = composite(
+        usable,
+        task.grid,
+        job.recipe,
+        ledger,
+        year=task.year,
+        geomedian=job.geomedian,
+        block_bytes=min(BLOCK_BYTES, int(job.block_fraction * planned.block_bytes)),
+    )
     is_new = cube.write_year(
         job.store,
-        composite(usable, task.grid, job.recipe, ledger, year=task.year, geomedian=job.geomedian),
+        annual,
         notes,
         snapshot.to_bytes(usable),
         options,
@@ -379,7 +399,13 @@ def _describe_failed(store: cube.Store, site: Site, year: int, error: BaseExcept
             state = "stale"
     except MinecubeError:  # a damaged group, reported by the error or by `verify`
         pass
-    return Outcome(site=site.id, year=year, state=state, message=describe_failure(error))
+    return Outcome(
+        site=site.id,
+        year=year,
+        state=state,
+        message=describe_failure(error),
+        error_class=classify(error),
+    )
 
 
 def _search_all(

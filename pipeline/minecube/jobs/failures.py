@@ -4,11 +4,34 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
 
-from minecube.errors import MinecubeError
+from minecube.errors import (
+    BusyError,
+    LostReadError,
+    MinecubeError,
+    UnansweredError,
+    UnreadArchiveError,
+    UnreadWeightsError,
+    UnusableFileError,
+)
 
 LONGEST_TEXT = 1000
 """Most characters of an error's text on one line."""
+
+CLASSES = ("network", "data", "memory", "disk", "bug")
+"""Classes of errors: what a user can do about them. `classify` explains each."""
+_NETWORK = (UnansweredError, LostReadError, UnreadArchiveError, UnreadWeightsError, BusyError)
+_NETWORK_MODULES = ("obstore.", "requests.", "urllib3.")
+_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ESTALE,
+}
 
 # obstore's name for a kind of store -> variables for its keys.
 _KEYS = {
@@ -54,6 +77,43 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno != errno.EPIPE:
         return _explain_system(error)
     return None
+
+
+def classify(error: BaseException) -> str:
+    """Return the class of an error.
+
+    network: a server did not answer; try again later.
+    data: the input is missing, wrong or does not fit; a repetition fails again.
+    memory: too little memory, or a worker died; try again with smaller blocks.
+    disk: full, forbidden or broken; try again once it is mended.
+    bug: an error of minecube.
+    """
+    chain = list(_iterate_causes(error))
+    names = {kind.__name__ for cause in chain for kind in type(cause).__mro__}
+    if names & {"MemoryError", "KilledWorker", "BrokenProcessPool"}:
+        return "memory"
+    if any(isinstance(cause, OSError) and cause.errno in _DISK for cause in chain):
+        return "disk"
+    if isinstance(error, UnusableFileError):
+        return "data"
+    modules = [type(cause).__module__ + "." for cause in chain]
+    if any(module.startswith(_NETWORK_MODULES) for module in modules):
+        return "network"
+    if isinstance(error, _NETWORK) or names & {"TimeoutError", "ConnectionError", "WorkerError"}:
+        return "network"
+    if isinstance(error, PermissionError):
+        return "disk"
+    if isinstance(error, MinecubeError):
+        return "data"
+    return "bug"
+
+
+def _iterate_causes(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def describe_failure(error: BaseException) -> str:

@@ -99,18 +99,33 @@ def smooth_sites(
     """
     areas: list[pd.DataFrame] = []
     summaries: list[dict[str, object]] = []
-    for site, lazy in sites.maps.items():
-        grid = lazy.odc.geobox
-        probability = lazy.compute()
-        track = track_site(probability, grid, sites.rates)
-        write_smoothed(store, sites, site, track.smoothed)
-        export.write_layers(track.layers, probability, grid, folder / site, site)
-        areas.append(track.areas.assign(site=site)[["site", *track.areas.columns]])
-        summaries.append({"site": site, **track.summary})
+    for site in sites.maps:
+        site_areas, summary = smooth_site(store, sites, site, folder)
+        areas.append(site_areas)
+        summaries.append(summary)
         progress(site)
     export.write_table(pd.concat(areas, ignore_index=True), folder / "areas.csv")
     export.write_table(pd.DataFrame(summaries), folder / "sites.csv")
     return summaries
+
+
+def smooth_site(
+    store: cube.Store, sites: SmoothedSites, site: str, folder: Path
+) -> tuple[pd.DataFrame, dict[str, object]]:
+    """Smooth the map of one site. Writes its layers to FOLDER/SITE and its map to the store.
+
+    Returns its areas by year, and its `Track.summary`, both with `site`.
+
+    Raises as `smooth_sites` does.
+    """
+    lazy = sites.maps[site]
+    grid = lazy.odc.geobox
+    probability = lazy.compute()
+    track = track_site(probability, grid, sites.rates)
+    write_smoothed(store, sites, site, track.smoothed)
+    export.write_layers(track.layers, probability, grid, folder / site, site)
+    areas = track.areas.assign(site=site)[["site", *track.areas.columns]]
+    return areas, {"site": site, **track.summary}
 
 
 def track_site(probability: xr.DataArray, grid: GeoBox, rates: tracks.Rates) -> Track:

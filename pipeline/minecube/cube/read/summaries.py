@@ -1,0 +1,166 @@
+"""Read the markers of many site-years fast, for `status` and for runs of whole datasets.
+
+A marker is read as plain JSON, without Zarr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import orjson
+
+from minecube.cube.markers import PLACING, marker_path
+from minecube.cube.store import Store
+from minecube.errors import CubeError
+
+_READERS = 32  # simultaneous requests to an object store
+_BATCH = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A committed site-year, from its marker."""
+
+    site: str
+    year: int
+    build: str
+    sha256: str
+    """Hash of the marker. It identifies pixels, origin and decisions."""
+    committed: str
+    """Time, ISO 8601."""
+    version: str
+    """Version of minecube."""
+    recipe: Mapping[str, Any]
+    snapshot: str
+    """Hash of the year's scene list."""
+    pixels: int
+    """Pixels of the grid."""
+    reads: Mapping[str, float]
+    """As from `reader.Ledger.totals`; empty for stores of early versions."""
+    seconds: float
+
+    @property
+    def lost(self) -> int:
+        """Number of lost reads."""
+        return int(self.reads.get("lost", 0))
+
+
+def read_commits(
+    store: Store, site_years: Iterable[tuple[str, int]]
+) -> dict[tuple[str, int], Commit]:
+    """Read the markers of these site-years. Uncommitted site-years are missing from the result.
+
+    A year whose objects are being put in place is missing, too.
+
+    Raises:
+        CubeError: a marker is damaged, or the store cannot be read.
+    """
+    recipes: dict[str, Any] = {}
+    commits = {}
+    for (site, year), content in _read_all(store, site_years):
+        commit = _parse(store, site, year, content, recipes)
+        if commit is not None:
+            commits[site, year] = commit
+    return commits
+
+
+def _read_all(
+    store: Store, site_years: Iterable[tuple[str, int]]
+) -> Iterator[tuple[tuple[str, int], bytes]]:
+    if store.path is not None and not store.packed:
+        for site, year in site_years:
+            path = f"{store.path}/{marker_path(site, year)}/zarr.json"
+            try:
+                with open(path, "rb") as file:  # noqa: PTH123  called for each site-year
+                    yield (site, year), file.read()
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise CubeError(f"{path}: cannot be read ({error.strerror})") from error
+        return
+    objects = store.open_objects()
+
+    def read(key: tuple[str, int]) -> tuple[tuple[str, int], bytes] | None:
+        try:
+            return key, bytes(objects.get(f"{marker_path(*key)}/zarr.json").bytes())
+        except FileNotFoundError:
+            return None
+
+    waiting = iter(site_years)
+    with store.reading("markers"), ThreadPoolExecutor(_READERS) as pool:
+        while batch := list(islice(waiting, _BATCH)):
+            yield from filter(None, pool.map(read, batch))
+
+
+def _parse(
+    store: Store, site: str, year: int, content: bytes, recipes: dict[str, Any]
+) -> Commit | None:
+    """Parse a marker; None if the year is not committed.
+
+    `recipes` holds each recipe once, since most site-years share one.
+    """
+    try:
+        marker = orjson.loads(content)["attributes"]
+        if PLACING in marker or "build_id" not in marker:
+            return None
+        recipe = marker["recipe"]
+        known = recipes.setdefault(recipe["id"], recipe)
+        if known == recipe:
+            recipe = known
+        height, width = marker["grid"]["shape"]
+        return Commit(
+            site=site,
+            year=year,
+            build=marker["build_id"],
+            sha256=marker.get("sha256", ""),
+            committed=marker["committed"],
+            version=sys.intern(marker["version"]),
+            recipe=recipe,
+            snapshot=marker.get("snapshot", ""),
+            pixels=height * width,
+            reads=marker.get("reads", {}),
+            seconds=marker.get("took", {}).get("seconds", 0.0),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CubeError(
+            f"{store}: the marker of {site} {year} is damaged ({type(error).__name__}: {error}); "
+            "run `minecube verify`"
+        ) from error
+
+
+def list_commits(store: Store, sites: Iterable[str]) -> dict[tuple[str, int], Commit]:
+    """Read the markers of all committed years of these sites, as `read_commits` does."""
+    return read_commits(store, chain.from_iterable(_list_years(store, site) for site in sites))
+
+
+def _list_years(store: Store, site: str) -> list[tuple[str, int]]:
+    if store.path is not None and not store.packed:
+        try:
+            names = os.listdir(store.path / site / "builds")  # noqa: PTH208  for each site
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    else:
+        names = store.list_folders(f"{site}/builds")
+    return [(site, int(name)) for name in sorted(names) if name.isdigit()]
+
+
+def read_seal(store: Store, path: str) -> str:
+    """Return the `sha256` attribute of a group or array; empty without one.
+
+    Labels and predictions have one of all their shards' checksums.
+    """
+    key = f"{path}/zarr.json"
+    try:
+        if store.path is not None and not store.packed:
+            content = (store.path / key).read_bytes()
+        else:
+            content = bytes(store.open_objects().get(key).bytes())
+        return str(orjson.loads(content)["attributes"].get("sha256", ""))
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,15 @@
+"""Run whole datasets: start, watch and mend. State comes from the store alone.
+
+units.py      steps and their units of work     worker.py    one unit, leased and logged
+inputs.py     what steps need, loaded once      engines.py   processes or a cluster
+steps.py      the work of each step             plan.py      unfinished units of each site
+mapping.py    maps of networks                  driver.py    keeps workers busy: `run`
+finished.py   notes on finished steps           joins.py     results of all sites together
+states.py     stale site-years                  history.py   attempts, from the event logs
+summary.py    options and outcome of a run
+"""
+
+from minecube.jobs.runs.driver import run
+from minecube.jobs.runs.summary import RunOptions, Summary
+
+__all__ = ["RunOptions", "Summary", "run"]

@@ -1,0 +1,217 @@
+"""Run a whole dataset: hand its unfinished units to workers, in the order data allows."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from minecube import cube, scenes
+from minecube.catalog import Dataset, format_years
+from minecube.errors import CatalogError
+from minecube.grid import grid_of
+from minecube.jobs.failures import classify, describe_failure
+from minecube.jobs.runs.engines import Engine, open_engine
+from minecube.jobs.runs.inputs import Inputs, check_inputs, load_inputs
+from minecube.jobs.runs.joins import join_results
+from minecube.jobs.runs.plan import Barrier, Plan
+from minecube.jobs.runs.steps import Limits
+from minecube.jobs.runs.summary import RunOptions, Summary
+from minecube.jobs.runs.units import Unit, list_steps
+from minecube.jobs.runs.worker import Result
+from minecube.jobs.selection import match_names
+
+_POLL_S = 1.0
+_BUSY_S = 2.0
+"""Seconds until a unit is tried again on which another run works."""
+_MOST_DEATHS = 3
+"""Deaths of workers after which their unit has failed."""
+
+
+Progress = Callable[[Unit, Result, int, int], None]
+
+
+def run(
+    dataset: Dataset,
+    options: RunOptions | None = None,
+    progress: Progress = lambda *_: None,
+) -> Summary:
+    """Run all unfinished steps of a dataset. The failure of a unit stops no other site.
+
+    Workers start with the first unfinished unit. `progress` is called with each unit that ends, its
+    result, and the numbers of ended and of all units of this run, the latter an upper bound.
+
+    Raises:
+        CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
+        CubeError: the store is of another dataset, or cannot be read or written.
+    """
+    options = options or RunOptions()
+    start = time.monotonic()
+    plan = make_plan(dataset, options)
+    driver = _Driver(plan, progress)
+    with ExitStack() as stack:
+        driver.work(lambda: stack.enter_context(open_engine(dataset)))
+    if options.shard is None:
+        plan.summary.unjoined = join_results(plan.inputs, plan.steps)
+    plan.summary.seconds = time.monotonic() - start
+    return plan.summary
+
+
+def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
+    """Check a dataset, and read the state of its site-years. Writes nothing.
+
+    Raises as `run` does.
+    """
+    inputs = load_inputs(dataset)
+    scenes.check_years(dataset.years)
+    check_inputs(inputs)
+    steps = list_steps(dataset, options.only)
+    sites = match_names(options.sites, list(inputs.sites), dataset.id)
+    years = choose_years(dataset, options.years)
+    check_store(inputs, sites)
+    return Plan.make(inputs, options, steps, sites, years)
+
+
+def choose_years(dataset: Dataset, years: Sequence[int] | None) -> tuple[int, ...]:
+    """Return these years, or all of the dataset. Raises CatalogError for another year."""
+    if years is None:
+        return dataset.years
+    missing = sorted(set(years) - set(dataset.years))
+    if missing:
+        raise CatalogError(
+            f"--years {missing[0]}: the dataset has {format_years(dataset.years)}; "
+            "add the year to its file"
+        )
+    return tuple(years)
+
+
+def check_store(inputs: Inputs, sites: Iterable[str]) -> None:
+    """Raise CubeError if the store has one of these sites on another grid, or by another recipe.
+
+    Sites without a polygon are left to their own failure.
+    """
+    for name in sites:
+        site = inputs.sites[name]
+        if site.geometry is not None:
+            cube.check_site(inputs.store, site, grid_of(site), (), inputs.job.recipe)
+
+
+@dataclass
+class _Chain:
+    """A site on its way through the steps."""
+
+    steps: Iterator[list[Unit] | Barrier]
+    open: int = 0
+    """Units in work."""
+
+
+@dataclass
+class _Work:
+    """A unit in work, or waiting to be tried again."""
+
+    unit: Unit
+    chain: _Chain
+    deaths: int = 0
+    """Workers that died on it."""
+    not_before: float = 0.0
+
+
+class _Driver:
+    """Keeps the workers busy with the units of a plan."""
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self._plan = plan
+        self._progress = progress
+        self._ready = deque(_Chain(plan.walk(site)) for site in plan.sites)
+        self._parked: list[_Chain] = []
+        self._again: list[_Work] = []
+        self._running: dict[Future[Result], _Work] = {}
+        self._engine: Engine | None = None
+
+    def work(self, start_engine: Callable[[], Engine]) -> None:
+        """Work until every site has gone through all steps."""
+        while self._ready or self._parked or self._again or self._running:
+            self._hand_out(start_engine)
+            if self._running:
+                self._collect()
+            elif self._again:
+                time.sleep(_POLL_S)
+            elif self._parked and not self._ready:
+                self._plan.update_rates()
+                self._ready.extend(self._parked)
+                self._parked.clear()
+
+    def _hand_out(self, start_engine: Callable[[], Engine]) -> None:
+        """Submit units until enough are waiting at the workers."""
+        now = time.monotonic()
+        for work in [work for work in self._again if work.not_before <= now]:
+            self._again.remove(work)
+            self._submit(self._engine or start_engine(), work)
+        while self._ready and not self._has_enough():
+            chain = self._ready.popleft()
+            units = next(chain.steps, None)
+            if isinstance(units, Barrier):
+                self._parked.append(chain)
+            elif units:
+                engine = self._engine or start_engine()
+                self._engine = engine
+                chain.open = len(units)
+                for unit in units:
+                    self._submit(engine, _Work(unit, chain))
+
+    def _has_enough(self) -> bool:
+        return self._engine is not None and len(self._running) >= 3 * self._engine.workers
+
+    def _submit(self, engine: Engine, work: _Work) -> None:
+        options = self._plan.options
+        limits = Limits(
+            threads=engine.threads,
+            block_fraction=options.fractions.get(work.unit, 1.0) * 0.5**work.deaths,
+            overwrite=options.overwrite,
+        )
+        attempt = self._plan.history.count_attempts(work.unit) + work.deaths + 1
+        self._running[engine.submit(work.unit, limits, attempt)] = work
+
+    def _collect(self) -> None:
+        """Take the results of units that have ended."""
+        # The timeout is for Ctrl-C: a signal to another thread does not wake this thread.
+        ended, _ = wait(self._running, timeout=_POLL_S, return_when=FIRST_COMPLETED)
+        for future in ended:
+            work = self._running.pop(future)
+            result = self._read_result(future, work)
+            if result is None:
+                continue
+            self._plan.summary.results[work.unit] = result
+            self._progress(work.unit, result, len(self._plan.summary.results), self._plan.count())
+            work.chain.open -= 1
+            if not work.chain.open:
+                self._ready.appendleft(work.chain)  # finish begun sites first
+
+    def _read_result(self, future: Future[Result], work: _Work) -> Result | None:
+        """Return the result of a unit; None if it will be tried again."""
+        try:
+            result = future.result()
+        except BaseException as error:
+            if self._engine is None or not self._engine.is_death(error):
+                if not isinstance(error, Exception):
+                    raise
+                text = describe_failure(error)
+                return Result(state="failed", error_class=classify(error), message=text)
+            work.deaths += 1
+            if work.deaths < _MOST_DEATHS:
+                self._again.append(work)
+                return None
+            return Result(
+                state="failed",
+                error_class="memory",
+                message=f"workers died on it {work.deaths} times, most often for lack of memory; "
+                "give each worker more memory",
+            )
+        if result.state == "busy":
+            work.not_before = time.monotonic() + _BUSY_S
+            self._again.append(work)
+            return None
+        return result

@@ -1,0 +1,53 @@
+"""Remember finished steps of sites in the store, with what they were made from.
+
+    cubes.zarr/.runs/steps/STEP/SITE.json    {"inputs": hash, "outputs": hash, "time": ...}
+
+The file is written after the outputs. A step is finished if its inputs are the same as now, and
+its outputs are still there.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+from minecube.cube.events import RUNS
+from minecube.cube.store import Store
+from minecube.files import replacing
+
+
+def _key(step: str, name: str) -> str:
+    return f"{RUNS}/steps/{step}/{name}.json"
+
+
+def note_finished(store: Store, step: str, name: str, inputs: str, outputs: Any) -> None:
+    """Note that a step is finished for a site (or a dataset, by its name).
+
+    Raises:
+        CubeError: the store cannot be written.
+    """
+    note = {"inputs": inputs, "outputs": outputs, "time": datetime.now(tz=UTC).isoformat()}
+    content = orjson.dumps(note, option=orjson.OPT_SERIALIZE_NUMPY)
+    with store.writing():
+        if store.path is None:
+            store.client().put(_key(step, name), content)
+        else:
+            path = store.path / _key(step, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as draft:
+                draft.write_bytes(content)
+
+
+def read_finished(store: Store, step: str, name: str) -> dict[str, Any]:
+    """Return the note of a finished step; empty if there is none, or it is damaged."""
+    try:
+        if store.path is None:
+            content = bytes(store.client().get(_key(step, name)).bytes())
+        else:
+            content = (store.path / _key(step, name)).read_bytes()
+        note = orjson.loads(content)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}

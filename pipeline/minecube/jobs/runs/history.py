@@ -1,0 +1,64 @@
+"""What the event logs of a store tell about each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from minecube.cube.events import Events
+from minecube.jobs.runs.units import Unit
+
+KEYS = ["step", "site", "year"]
+
+
+@dataclass(frozen=True)
+class History:
+    """Attempts at units, and how the last one ended."""
+
+    units: pd.DataFrame
+    """One row per unit, by `KEYS`: `attempts`, `running` and the columns of its last end."""
+
+    @classmethod
+    def from_events(cls, events: Events) -> History:
+        """Sum up events.
+
+        A unit is running if its last event is a start by a living worker. If that worker is dead,
+        the attempt was interrupted.
+        """
+        table = events.table
+        starts = table[table["event"] == "start"]
+        attempts = starts.groupby(KEYS).size().rename("attempts")
+        last = table.drop_duplicates(KEYS, keep="last").set_index(KEYS)
+        ends = table[table["event"] == "end"].drop_duplicates(KEYS, keep="last").set_index(KEYS)
+        units = ends.drop(columns=["event", "attempt"]).reindex(last.index)
+        open_ = last["event"] == "start"
+        alive = last["worker"].isin(events.alive)
+        units["attempts"] = attempts.reindex(units.index).fillna(0).astype(int)
+        units["running"] = open_ & alive
+        units["interrupted"] = open_ & ~alive
+        return cls(units.sort_index())
+
+    def count_attempts(self, unit: Unit) -> int:
+        """Count the attempts at a unit, the one in work included."""
+        return int(self._value(unit, "attempts", 0))
+
+    def has_failed(self, site: str, year: int) -> bool:
+        """Whether the last search or build of a site-year failed."""
+        return any(
+            self._value(Unit(step, site, year), "state") == "failed" for step in ("search", "build")
+        )
+
+    def failures(self) -> Iterator[tuple[Unit, Any]]:
+        """Yield the units whose last attempt failed or was interrupted, with their rows."""
+        failed = self.units[(self.units["state"] == "failed") | self.units["interrupted"]]
+        for (step, site, year), row in zip(failed.index, failed.itertuples(), strict=True):
+            yield Unit(step, site, int(year)), row
+
+    def _value(self, unit: Unit, column: str, missing: Any = None) -> Any:
+        key = (unit.step, unit.site, unit.year)
+        if key not in self.units.index:
+            return missing
+        return self.units.loc[key, column]

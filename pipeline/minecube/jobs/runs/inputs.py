@@ -1,0 +1,117 @@
+"""Load what the steps of a run need, once per process."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import geopandas as gpd
+
+from minecube import cube, labels
+from minecube.catalog import Dataset, Site, as_dict, pick
+from minecube.catalog.dataset import LabelInput
+from minecube.cube.events import EventLog
+from minecube.errors import CatalogError
+from minecube.jobs.build import BuildJob
+from minecube.jobs.catalogs import choose_sources, load_all_models, load_all_recipes
+from minecube.jobs.scene_lists import default_folder
+from minecube.jobs.selection import SiteChoice, choose_sites
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A dataset with its sites, sources and recipe."""
+
+    dataset: Dataset
+    sites: dict[str, Site]
+    job: BuildJob
+
+    @property
+    def store(self) -> cube.Store:
+        """The store of the cubes."""
+        return self.job.store
+
+    @property
+    def results(self) -> Path:
+        """Folder of audits, tracks, scores and exports."""
+        return Path(self.dataset.results)
+
+    @property
+    def catalog(self) -> Path | None:
+        """Folder of the user's catalogue."""
+        return None if self.dataset.catalog is None else Path(self.dataset.catalog)
+
+
+@functools.lru_cache(maxsize=2)
+def load_inputs(dataset: Dataset) -> Inputs:
+    """Load a dataset's sites, sources and recipe.
+
+    Raises:
+        CatalogError: a name is unknown, or a file is missing or malformed.
+        CubeError: the store cannot be read.
+    """
+    catalog = None if dataset.catalog is None else Path(dataset.catalog)
+    store = cube.Store.connect(dataset.store, writable=True)
+    sites = choose_sites(SiteChoice(dataset.sites, dataset.sites_layer), catalog)
+    if dataset.margin is not None:
+        sites = [replace(site, margin=dataset.margin) for site in sites]
+    job = BuildJob(
+        store=store,
+        sources=choose_sources(",".join(dataset.sources), catalog),
+        recipe=pick(load_all_recipes(catalog), dataset.recipe, "recipe"),
+        snapshots=Path(dataset.scenes) if dataset.scenes else default_folder(store),
+        on_offset_conflict=dataset.on_offset_conflict,
+        min_read_completeness=dataset.min_read_completeness,
+    )
+    return Inputs(dataset, {site.id: site for site in sites}, job)
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Check the files that later steps need, before any work.
+
+    Raises CatalogError for a missing file or an unknown model.
+    """
+    dataset = inputs.dataset
+    if dataset.labels is not None and not Path(dataset.labels.file).exists():
+        raise CatalogError(f"{dataset.labels.file}: no such file; expected polygons of mines")
+    for model in dataset.models:
+        identify_model(inputs, model.file)
+
+
+@functools.lru_cache(maxsize=2)
+def load_polygons(source: LabelInput, sites: tuple[str, ...]) -> gpd.GeoDataFrame:
+    """Load mine polygons, with the dataset's names of sites.
+
+    Raises LabelError if they cannot be read.
+    """
+    file = Path(source.file)
+    polygons = labels.read_polygons(file, source.layer)
+    return labels.match_sites(polygons, sites, file)
+
+
+@functools.lru_cache(maxsize=64)
+def hash_file(path: str) -> str:
+    """Return the SHA-256 of a file, the same for the whole run."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identify_model(inputs: Inputs, model: str) -> Any:
+    """Return what identifies a model: the hash of its file, or its card.
+
+    Raises CatalogError if there is neither.
+    """
+    if Path(model).is_file():
+        return hash_file(model)
+    if Path(model).suffix:
+        raise CatalogError(f"{model}: no such file; expected a trained model")
+    return as_dict(pick(load_all_models(inputs.catalog), model, "model"))
+
+
+@functools.lru_cache(maxsize=4)
+def open_log(store: cube.Store) -> EventLog:
+    """Open the log of this process in a store."""
+    return EventLog(store)

@@ -1,0 +1,187 @@
+"""Find the unfinished units of a run, site by site, in the order data allows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+from minecube.cube.events import read_events
+from minecube.cube.read.summaries import Commit, read_commits, read_seal
+from minecube.digests import sha256_of_json
+from minecube.errors import MinecubeError
+from minecube.jobs.runs.finished import read_finished
+from minecube.jobs.runs.history import History
+from minecube.jobs.runs.inputs import Inputs
+from minecube.jobs.runs.site_steps import (
+    Commits,
+    is_finished,
+    learn_rates,
+    make_step,
+    read_site_commits,
+)
+from minecube.jobs.runs.states import StaleCheck, list_path
+from minecube.jobs.runs.summary import RunOptions, Summary
+from minecube.jobs.runs.units import NEEDS, SITE_YEAR_STEPS, Unit
+
+log = logging.getLogger(__name__)
+
+
+class Barrier:
+    """Yielded in place of units: the site waits for all others, whose maps give the rates."""
+
+
+_WAIT_FOR_ALL = Barrier()
+
+
+@dataclass
+class Plan:
+    """Finds the unfinished units of each site, step by step."""
+
+    inputs: Inputs
+    options: RunOptions
+    steps: Sequence[str]
+    sites: Sequence[str]
+    years: Sequence[int]
+    commits: dict[tuple[str, int], Commit]
+    """At the start of the run."""
+    history: History
+    stale_check: StaleCheck
+    summary: Summary = field(default_factory=Summary)
+
+    @classmethod
+    def make(
+        cls,
+        inputs: Inputs,
+        options: RunOptions,
+        steps: Sequence[str],
+        sites: Sequence[str],
+        years: Sequence[int],
+    ) -> Plan:
+        """Read markers and events of all site-years."""
+        site_years = ((site, year) for site in sites for year in years)
+        commits = read_commits(inputs.store, site_years)
+        history = History.from_events(read_events(inputs.store))
+        return cls(inputs, options, steps, sites, years, commits, history, StaleCheck(inputs))
+
+    def walk(self, site: str) -> Iterator[list[Unit] | Barrier]:
+        """Yield the unfinished units of each step of a site. Resume when they have ended."""
+        failed: set[str] = set()
+        committed: Commits | None = None
+        for step in self.steps:
+            if step in SITE_YEAR_STEPS:
+                committed = None  # read again after builds
+                if units := self._list_site_years(step, site):
+                    yield units
+                continue
+            if step == "tracks":
+                yield _WAIT_FOR_ALL
+            if committed is None:
+                committed = read_site_commits(self.inputs, site)
+            unit = Unit(step, site)
+            if not self._may_start(unit, failed, committed):
+                failed.add(step)
+            elif is_finished(step, make_step(step, self.inputs, site, committed)):
+                self.summary.kept[step] += 1
+            else:
+                yield [unit]
+                if not self.summary.results[unit].is_good:
+                    failed.add(step)
+
+    def _list_site_years(self, step: str, site: str) -> list[Unit]:
+        units = []
+        for year in self.years:
+            unit = Unit(step, site, year)
+            if self.options.shard and not self.options.shard.has(site, year):
+                continue
+            if self.options.chosen is not None and unit not in self.options.chosen:
+                continue
+            if not self._is_unfinished(unit):
+                self.summary.kept[step] += 1
+            elif self._has_failed(Unit("search", site, year)):
+                self.summary.blocked[step] += 1
+            else:
+                units.append(unit)
+        return units
+
+    def _is_unfinished(self, unit: Unit) -> bool:
+        """Whether a site-year still needs its search or build. Notes stale builds."""
+        if unit.step == "search":
+            return not list_path(self.inputs, unit.site, unit.year).exists()
+        commit = self.commits.get((unit.site, unit.year))
+        if commit is None:
+            return True
+        reason = self.stale_check.explain(commit)
+        if reason and not self.options.overwrite:
+            self.summary.stale[unit] = reason
+        return bool(reason) and self.options.overwrite
+
+    def _has_failed(self, unit: Unit) -> bool:
+        result = self.summary.results.get(unit)
+        return result is not None and not result.is_good
+
+    def _may_start(self, unit: Unit, failed: set[str], committed: Commits) -> bool:
+        """Whether a site's step has what it needs. Otherwise it is counted as blocked."""
+        shard = self.options.shard
+        if shard and not shard.has(unit.site, 0):
+            return False
+        if unit.step != "audit":
+            if shard and not self._are_all_tried(unit.site, committed):
+                self.summary.waiting[unit.step] += 1
+                return False
+            if not committed:
+                self.summary.blocked[unit.step] += 1
+                return False
+        if failed & set(NEEDS.get(unit.step, ())):
+            self.summary.blocked[unit.step] += 1
+            return False
+        return True
+
+    def _are_all_tried(self, site: str, committed: Commits) -> bool:
+        """Whether each year of a site is committed, or has failed in some run."""
+        return all(year in committed or self.history.has_failed(site, year) for year in self.years)
+
+    def count(self) -> int:
+        """Count the units of this run that are done or may still come: an upper bound."""
+        per_site = [len(self.years) if step in SITE_YEAR_STEPS else 1 for step in self.steps]
+        shares = self.options.shard.count if self.options.shard else 1
+        others = (self.summary.kept, self.summary.blocked, self.summary.waiting)
+        return len(self.sites) * sum(per_site) // shares - sum(sum(c.values()) for c in others)
+
+    def preview(self) -> dict[str, tuple[int, int]]:
+        """Count the unfinished and the finished units of each step as of now."""
+        counts = {}
+        for step in self.steps:
+            unfinished = 0
+            kept = self.summary.kept[step]
+            for site in self.sites:
+                if step in SITE_YEAR_STEPS:
+                    unfinished += len(self._list_site_years(step, site))
+                    continue
+                committed = read_site_commits(self.inputs, site)
+                if committed and is_finished(step, make_step(step, self.inputs, site, committed)):
+                    self.summary.kept[step] += 1
+                else:
+                    unfinished += 1
+            counts[step] = (unfinished, self.summary.kept[step] - kept)
+        return counts
+
+    def update_rates(self) -> None:
+        """Determine the rates of tracks from all maps, unless they are known.
+
+        A failure is logged, and fails the tracks of every site.
+        """
+        for model in self.inputs.dataset.models:
+            path = f"predictions/{model.name}"
+            seals = {site: read_seal(self.inputs.store, f"{site}/{path}") for site in self.sites}
+            mapped = {site: seal for site, seal in seals.items() if seal}
+            described = sha256_of_json([asdict(self.inputs.dataset)["tracks"], mapped])
+            if (
+                not mapped
+                or read_finished(self.inputs.store, "rates", model.name).get("inputs") == described
+            ):
+                continue
+            try:
+                learn_rates(self.inputs, model.name, list(mapped), described)
+            except MinecubeError as error:
+                log.warning("%s: no rates for tracks: %s", model.name, error)

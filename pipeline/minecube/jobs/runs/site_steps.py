@@ -1,0 +1,302 @@
+"""The steps of a run on whole sites: audit, label, predict, tracks, score and export.
+
+Each step describes its inputs as plain JSON, does its work, and identifies its outputs. It is
+finished if both descriptions are as in its note (`finished.py`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+
+from minecube import cube, export
+from minecube.catalog.dataset import ExportInput, LabelInput, ScoreInput, TracksInput
+from minecube.cube.read.summaries import Commit, list_commits, read_seal
+from minecube.digests import sha256_of_json
+from minecube.errors import CubeError
+from minecube.files import replacing
+from minecube.jobs.audit import judge_lists
+from minecube.jobs.export import ExportOptions, export_sites
+from minecube.jobs.label import draw_labels
+from minecube.jobs.runs.finished import note_finished, read_finished
+from minecube.jobs.runs.inputs import Inputs, hash_file, identify_model, load_polygons
+from minecube.jobs.scene_lists import path_of_list
+from minecube.jobs.score import score_baselines, score_site
+from minecube.jobs.tables import write_json
+from minecube.jobs.tracks import SUFFIX, SmoothedSites, choose_rates, read_maps, smooth_site
+from minecube.tracks import Rates
+
+Commits = Mapping[int, Commit]
+"""Committed year -> its marker."""
+
+
+def read_site_commits(inputs: Inputs, site: str) -> Commits:
+    """Read the markers of a site's committed years, also of years that the dataset lacks."""
+    return {year: commit for (_, year), commit in list_commits(inputs.store, [site]).items()}
+
+
+@dataclass(frozen=True)
+class SiteStep(ABC):
+    """One step of one site."""
+
+    inputs: Inputs
+    site: str
+    commits: Commits
+
+    @abstractmethod
+    def describe_inputs(self) -> Any:
+        """Describe what the step is made from, as plain JSON."""
+
+    @abstractmethod
+    def work(self, *, overwrite: bool) -> None:
+        """Make the outputs. With `overwrite`, maps of other models are replaced."""
+
+    @abstractmethod
+    def identify_outputs(self) -> Any:
+        """Return what shows that the outputs are there and the same, as plain JSON."""
+
+    def seal(self, path: str) -> str:
+        """Return the seal of one of the site's arrays or groups."""
+        return read_seal(self.inputs.store, f"{self.site}/{path}")
+
+    def builds(self) -> dict[int, str]:
+        """Return the hash of each committed year."""
+        return {year: commit.sha256 for year, commit in sorted(self.commits.items())}
+
+
+def make_step(name: str, inputs: Inputs, site: str, commits: Commits) -> SiteStep:
+    """Make the step of a site by its name."""
+    return _CLASSES[name](inputs, site, commits)
+
+
+def is_finished(name: str, step: SiteStep) -> bool:
+    """Whether a step was made from the present inputs, and its outputs are still there."""
+    note = read_finished(step.inputs.store, name, step.site)
+    if not note:
+        return False
+    return bool(
+        note["inputs"] == sha256_of_json(step.describe_inputs())
+        and note["outputs"] == sha256_of_json(step.identify_outputs())
+    )
+
+
+def finish_step(name: str, step: SiteStep, *, overwrite: bool) -> None:
+    """Do a step unless it is finished, and note that it is."""
+    if is_finished(name, step):  # by another run, just now
+        return
+    described = sha256_of_json(step.describe_inputs())
+    step.work(overwrite=overwrite)
+    outputs = sha256_of_json(step.identify_outputs())
+    note_finished(step.inputs.store, name, step.site, described, outputs)
+
+
+class _Audit(SiteStep):
+    def describe_inputs(self) -> Any:
+        lists = {year: _time_of(self._list(year)) for year in self.inputs.dataset.years}
+        return {"recipe": self.inputs.job.recipe.id, "lists": lists}
+
+    def _list(self, year: int) -> Path:
+        job = self.inputs.job
+        return path_of_list(self.inputs.sites[self.site], year, job.sources, job.snapshots)
+
+    def work(self, *, overwrite: bool) -> None:
+        del overwrite  # for maps
+        job = self.inputs.job
+        site = self.inputs.sites[self.site]
+        years = self.inputs.dataset.years
+        tables = judge_lists(site, years, job.sources, job.recipe, job.snapshots)
+        for name, table in zip(("months", "years"), tables, strict=True):
+            _write_parquet(table, self._folder() / f"{self.site}_{name}.parquet")
+
+    def identify_outputs(self) -> Any:
+        return (self._folder() / f"{self.site}_years.parquet").exists()
+
+    def _folder(self) -> Path:
+        return self.inputs.results / "audit" / "sites"
+
+
+class _Label(SiteStep):
+    @property
+    def source(self) -> LabelInput:
+        return cast("LabelInput", self.inputs.dataset.labels)
+
+    def describe_inputs(self) -> Any:
+        years = sorted({*self.inputs.dataset.years, *self.commits})
+        return {"file": hash_file(self.source.file), "layer": self.source.layer, "years": years}
+
+    def work(self, *, overwrite: bool) -> None:
+        del overwrite  # for maps
+        grid, years = cube.read_grid_and_years(self.inputs.store, self.site)
+        polygons = load_polygons(self.source, tuple(self.inputs.sites))
+        drawing = draw_labels(polygons, self.site, grid, years, Path(self.source.file))
+        drawing.write(self.inputs.store)
+
+    def identify_outputs(self) -> Any:
+        return self.seal("footprint")
+
+
+class _Predict(SiteStep):
+    def describe_inputs(self) -> Any:
+        models = self.inputs.dataset.models
+        identities = {model.name: identify_model(self.inputs, model.file) for model in models}
+        return {"models": identities, "builds": self.builds()}
+
+    def work(self, *, overwrite: bool) -> None:
+        from minecube.jobs.runs.mapping import map_with_all  # loads torch
+
+        map_with_all(self.inputs, self.site, replace_models=overwrite)
+
+    def identify_outputs(self) -> Any:
+        models = self.inputs.dataset.models
+        return {model.name: self.seal(f"predictions/{model.name}") for model in models}
+
+
+class _Tracks(SiteStep):
+    def describe_inputs(self) -> Any:
+        models = self.inputs.dataset.models
+        return {
+            model.name: [
+                self.seal(f"predictions/{model.name}"),
+                read_finished(self.inputs.store, "rates", model.name).get("outputs"),
+            ]
+            for model in models
+        }
+
+    def work(self, *, overwrite: bool) -> None:
+        del overwrite  # for maps
+        for model in self.inputs.dataset.models:
+            note = read_finished(self.inputs.store, "rates", model.name)
+            if not note:
+                raise CubeError(
+                    f"{self.inputs.store}: no rates of opening and closing for {model.name}; "
+                    "run the step `predict` for all sites first"
+                )
+            maps = read_maps(self.inputs.store, [self.site], model.name)
+            smoothed = SmoothedSites(model.name, maps, Rates(**note["outputs"]))
+            folder = self._folder(model.name)
+            areas, summary = smooth_site(self.inputs.store, smoothed, self.site, folder.parent)
+            export.write_table(areas, folder / "areas.csv")
+            export.write_table(pd.DataFrame([summary]), folder / "summary.csv")
+
+    def identify_outputs(self) -> Any:
+        names = [model.name for model in self.inputs.dataset.models]
+        return {
+            name: [self.seal(f"predictions/{name}{SUFFIX}"), _list_files(self._folder(name))]
+            for name in names
+        }
+
+    def _folder(self, model: str) -> Path:
+        return self.inputs.results / "tracks" / model / "sites" / self.site
+
+
+def learn_rates(inputs: Inputs, model: str, sites: list[str], described: str) -> None:
+    """Determine the rates of a model's maps over all sites, and note them.
+
+    Raises as `choose_rates`.
+    """
+    settings = cast("TracksInput", inputs.dataset.tracks)
+    maps = read_maps(inputs.store, sites, model)
+    rates = choose_rates(inputs.store, maps, settings.method())
+    note_finished(inputs.store, "rates", model, described, asdict(rates))
+
+
+class _Score(SiteStep):
+    @property
+    def settings(self) -> ScoreInput:
+        return cast("ScoreInput", self.inputs.dataset.score)
+
+    def _models(self) -> list[str]:
+        """List the maps to score: of each model, raw and smoothed."""
+        names = [model.name for model in self.inputs.dataset.models]
+        if self.inputs.dataset.tracks is None:
+            return names
+        return [name for model in names for name in (model, model + SUFFIX)]
+
+    def describe_inputs(self) -> Any:
+        return {
+            "baselines": self.settings.baselines,
+            "labels": self.seal("footprint"),
+            "maps": {name: self.seal(f"predictions/{name}") for name in self._models()},
+        }
+
+    def work(self, *, overwrite: bool) -> None:
+        del overwrite  # for maps
+        store = self.inputs.store
+        counts = {name: score_site(store, self.site, name) for name in self._models()}
+        if self.settings.baselines:
+            counts |= score_baselines(store, self.site)
+        content = {name: {self.site: score.to_json()} for name, score in counts.items()}
+        write_json(counts_file(self.inputs, self.site), content, "the counts")
+
+    def identify_outputs(self) -> Any:
+        return counts_file(self.inputs, self.site).exists()
+
+
+def counts_file(inputs: Inputs, site: str) -> Path:
+    """Return the file with a site's counts, as `score --join` reads it."""
+    return inputs.results / "scores" / "sites" / f"{site}.json"
+
+
+class _Export(SiteStep):
+    @property
+    def settings(self) -> ExportInput:
+        return cast("ExportInput", self.inputs.dataset.export)
+
+    def describe_inputs(self) -> Any:
+        model = self.settings.model
+        return {
+            "options": asdict(self.settings),
+            "builds": self.builds(),
+            "labels": self.seal("footprint"),
+            "maps": "" if model is None else self.seal(f"predictions/{model}"),
+        }
+
+    def work(self, *, overwrite: bool) -> None:
+        del overwrite  # for maps
+        options = ExportOptions(**asdict(self.settings))
+        export_sites(self.inputs.store, [self.site], self._folder(), options)
+
+    def identify_outputs(self) -> Any:
+        return _list_files(self._folder())
+
+    def _folder(self) -> Path:
+        return self.inputs.results / "export" / self.site
+
+
+_CLASSES: Mapping[str, type[SiteStep]] = {
+    "audit": _Audit,
+    "label": _Label,
+    "predict": _Predict,
+    "tracks": _Tracks,
+    "score": _Score,
+    "export": _Export,
+}
+
+
+def _time_of(path: Path) -> int | None:
+    """Return the time of the last change of a file; None for a missing file."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _list_files(folder: Path) -> list[str]:
+    """List the files below a folder, relative to it."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _write_parquet(table: pd.DataFrame, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as draft:
+            table.to_parquet(draft, index=False)
+    except OSError as error:
+        raise CubeError(
+            f"{path}: cannot be written ({error.strerror or error}); choose other `results`"
+        ) from error
