@@ -95,7 +95,7 @@ def test_each_tag_keeps_what_the_store_was(growing, pit, hole, tmp_path):
     assert first_to_second[2:] == [
         "pit   2020  changed  footprint",
         # its origin, and the licences
-        "pit   all   changed  footprint (metadata), footprint_fraction (metadata), site (metadata)",
+        "pit   all   changed  metadata of footprint, footprint_fraction, site",
         "1 sites differ (0 new, 0 gone), with 1 site-years (0 new, 0 gone, 1 changed)",
     ]
     assert run("versions", where[-1], "--compare", "v2", "v3").splitlines()[2:] == [

@@ -34,6 +34,9 @@ def _join(site: str, year: str, variables: Sequence[str]) -> Difference:
     for change in ("new", "gone"):
         if f"{whole} ({change})" in variables:
             return Difference(site, year, change, "")
+    if year == "all":  # the site's metadata, and coordinates
+        names = dict.fromkeys(variable.partition(" (")[0] for variable in variables)
+        return Difference(site, year, "changed", f"metadata of {', '.join(names)}")
     return Difference(site, year, "changed", ", ".join(variables))
 
 
