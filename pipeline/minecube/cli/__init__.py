@@ -40,6 +40,7 @@ COMMANDS = {
     "release": "Import, audit or re-create the published EuroMineNet archive.",
     "run": "Run all steps of a whole dataset, and resume them.",
     "retry": "Try the failed parts of a run again.",
+    "update": "Add years, sites and new scenes to a dataset.",
     "build": "Composite scenes into annual cubes.",
     "polygons": "Check, repair and compare mine polygons.",
     "label": "Draw mine polygons on the grids of the cubes.",
@@ -62,6 +63,7 @@ _AGAIN = "run the same command again"
 AFTER_INTERRUPT = {
     "run": f"finished steps are safe; {_AGAIN} to resume",
     "retry": f"finished steps are safe; {_AGAIN} to resume",
+    "update": f"finished steps are safe; {_AGAIN} to resume",
     "build": f"committed years are safe; {_AGAIN} to resume",
     "predict": f"committed years are safe; {_AGAIN} to resume",
     "bench": f"finished models and maps are safe; {_AGAIN} to resume",
