@@ -63,3 +63,12 @@ def test_scoring(tmp_path: Path) -> None:
         assert found[f"{prefix}vs_torchmetrics"] == pytest.approx(
             seconds["torchmetrics"] / seconds["score"]
         )
+
+
+def test_no_read_is_mixed(tmp_path: Path) -> None:
+    """The short form: some updates pass while a reader polls."""
+    found = figures(tmp_path, "mixed_reads.py", "--reads", "60")
+    assert found["mixed_reads"] == 0
+    assert found["store"] == found["main"] == found["tag"] == 20
+    assert found["refused_reads"] <= 20
+    assert found["versions"] > 1
