@@ -39,6 +39,7 @@ COMMANDS = {
     "plan": "Estimate the requests, bytes, memory, time and cost of a build.",
     "release": "Import, audit or re-create the published EuroMineNet archive.",
     "run": "Run all steps of a whole dataset, and resume them.",
+    "status": "Show the state of a dataset or a store.",
     "build": "Composite scenes into annual cubes.",
     "polygons": "Check, repair and compare mine polygons.",
     "label": "Draw mine polygons on the grids of the cubes.",
