@@ -12,7 +12,7 @@ import geopandas as gpd
 import xarray as xr
 import zarr
 
-from known_builds import args, run, run_here
+from known_builds import args, messages_in, run, run_here
 from known_scenes import site_of
 from minecube import cube
 from minecube.catalog import load_sites, load_sources
@@ -106,7 +106,7 @@ def test_a_store_keeps_the_margin_it_was_built_with(world, tmp_path):
     assert err == "margin around pit: 1000 m\n"
     assert "EPSG:32633 144 x 120 px" in run_here("sites", *inside, "--margin", 100)[0]
     _, err = built("old", "--margin", 0)
-    assert err == ""
+    assert not messages_in(err)
     assert (
         "margin" not in zarr.open_group(tmp_path / "old")["pit"].attrs["minecube"]
     )  # as in stores of earlier versions

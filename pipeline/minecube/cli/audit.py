@@ -46,7 +46,7 @@ def audit(sites: SiteOptions, years: tuple[int, ...], scenes: SceneOptions, out:
     loaded = sites.load()
     sources = scenes.sources()
     recipe = scenes.recipe()
-    with progress_bar("auditing", len(loaded) * len(years) * len(sources)) as bar:
+    with progress_bar("auditing", len(loaded) * len(years) * len(sources), "searches") as bar:
         result = audit_scenes(loaded, years, sources, recipe, bar.advance)
     _print_unanswered(result.failed_searches)
     if not result.by_year.empty:

@@ -9,7 +9,7 @@ import click
 
 from minecube import cube, models
 from minecube.catalog import ModelCard, TrainingSettings, pick
-from minecube.cli.bars import progress_bar
+from minecube.cli.bars import print_line, progress_bar
 from minecube.cli.options import (
     add_layer,
     catalog_option,
@@ -122,7 +122,7 @@ def bench(
     )
 
     def print_model(number: int, card: ModelCard) -> None:
-        click.echo(f"{number} of {len(benchmark.cards)}: {card.id}", err=True)
+        print_line(f"{number} of {len(benchmark.cards)}: {card.id}")
 
     with progress_bar("preparing") as bar:
         paths = run_benchmark(benchmark, print_model, bar.reach_step)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from minecube.cli.bars import print_line
 from minecube.cli.parameters import SEED, OutFolder
 from minecube.jobs.demo import TEST_SITE, run_demo
 from minecube.jobs.tables import format_table
@@ -78,6 +79,6 @@ def demo(out: Path, epochs: int, seed: int) -> None:
 def _print_stage(title: str) -> Iterator[None]:
     """Print a stage's title, and its seconds at the end."""
     start = time.monotonic()
-    click.echo(f"{title} ...", err=True)
+    print_line(f"{title} ...")
     yield
-    click.echo(f"{'':4}{time.monotonic() - start:.0f} s", err=True)
+    print_line(f"{'':4}{time.monotonic() - start:.0f} s")

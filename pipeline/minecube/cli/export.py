@@ -63,7 +63,7 @@ def export(sites: StoreSites, options: ExportOptions, out: Path) -> None:
     names = sites.names()
     if options.model is not None:
         options = replace(options, model=sites.prediction(names, options.model))
-    with progress_bar("exporting", len(names)) as bar:
+    with progress_bar("exporting", len(names), "sites") as bar:
         images, files = export_sites(sites.store, names, out, options, bar.advance)
     if images:
         click.echo(f"{out}: {len(images)} images; open {out}/collection.json")

@@ -9,6 +9,7 @@ import geopandas as gpd
 import pandas as pd
 
 from minecube import cube, labels
+from minecube.cli.bars import progress_bar
 from minecube.cli.options import (
     StoreSites,
     collect_options,
@@ -53,16 +54,19 @@ def label(sites: StoreSites, file: Path, layer: str | None) -> None:
     undated = labels.find_unread_year_columns(polygons)
     rows: list[tuple[object, ...]] = []
     rows_by_site: dict[str, pd.Index] = {}
-    for site in sites.names(stored):
-        grid, years = cube.read_grid_and_years(sites.store, site)
-        drawing = draw_labels(polygons, site, grid, years, file)
-        _print_missed(drawing)
-        if undated:
-            listed = ", ".join(map(str, years))
-            click.echo(f"{site}: rows without years are drawn in {listed}", err=True)
-        drawing.write(sites.store)
-        rows_by_site[site] = drawing.polygons.index
-        rows += [(site, year, _format_km2(area)) for year, area in drawing.mine_km2().items()]
+    names = sites.names(stored)
+    with progress_bar("labelling", len(names), "sites") as bar:
+        for site in names:
+            grid, years = cube.read_grid_and_years(sites.store, site)
+            drawing = draw_labels(polygons, site, grid, years, file)
+            _print_missed(drawing)
+            if undated:
+                listed = ", ".join(map(str, years))
+                click.echo(f"{site}: rows without years are drawn in {listed}", err=True)
+            drawing.write(sites.store)
+            rows_by_site[site] = drawing.polygons.index
+            rows += [(site, year, _format_km2(area)) for year, area in drawing.mine_km2().items()]
+            bar.advance(site)
     click.echo(format_table(("site", "year", "mine km2"), rows))
     _print_undrawn(find_undrawn(polygons, rows_by_site, stored), polygons, file)
 

@@ -29,9 +29,7 @@ def pack(sites: StoreSites, out: Path) -> None:
     """
     names = sites.names(cube.named_sites(sites.store))
     with progress_bar("packing") as bar:
-        packed = cube.pack(
-            sites.store, out, names, lambda _part, total, name: bar.advance(name, total=total)
-        )
+        packed = cube.pack(sites.store, out, names, bar.reach)
     if packed.left_out:
         click.echo(f"left out, not committed: {', '.join(packed.left_out)}", err=True)
     click.echo(

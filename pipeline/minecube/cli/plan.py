@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from minecube.catalog import Site
+from minecube.cli.bars import progress_bar
 from minecube.cli.options import (
     SiteOptions,
     catalog_sites_options,
@@ -16,6 +19,7 @@ from minecube.cli.options import (
 )
 from minecube.cli.scene_options import JobOptions, job_options
 from minecube.composite.plan import Estimate, Terms
+from minecube.jobs.build import BuildJob
 from minecube.jobs.plan import BuildPlan, plan_build
 from minecube.jobs.tables import format_table
 
@@ -47,10 +51,24 @@ def plan(
     terms = Terms()
     if prices:
         terms = Terms.load(prices)
-    planned = plan_build(job, sites.load(job.store), years, terms)
+    planned = plan_with_bar(job, sites.load(job.store), years, terms)
     print_plan(planned)
     if planned.errors:
         click.get_current_context().exit(1)
+
+
+def plan_with_bar(
+    job: BuildJob, sites: Sequence[Site], years: Sequence[int], terms: Terms | None = None
+) -> BuildPlan:
+    """Plan a build as `plan_build` does, and show the progress."""
+    with progress_bar("planning", len(sites) * len(years), "site-years") as bar:
+        return plan_build(
+            job,
+            sites,
+            years,
+            terms,
+            lambda planned: bar.advance(f"{planned.site} {planned.year}, {planned.state}"),
+        )
 
 
 def print_plan(planned: BuildPlan) -> None:

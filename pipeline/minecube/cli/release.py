@@ -85,16 +85,18 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     """
     published = _load_release(release_id)
     if download:
-        with progress_bar("downloading") as bar:
+        with progress_bar("downloading MB") as bar:
             path = releases.download(
-                archive, out, lambda n, total: bar.advance(parts=n, total=total)
+                archive,
+                out,
+                lambda size, total: bar.reach(round(size / 1e6), round(total / 1e6)),
             )
         archive = str(path)
     # Print this first: a silent server is tried again for minutes.
     click.echo(f"reading the directory of {archive.partition('?')[0]}", err=True)
     opened = releases.Archive(archive)
     sites = releases.find_members(opened.names()).sites()
-    with progress_bar("importing", len(sites)) as bar:
+    with progress_bar("importing", len(sites), "sites") as bar:
         imported = releases.import_release(opened, out, published, load_sites(), bar.advance)
     _print_import(imported, opened, out)
 
@@ -189,7 +191,7 @@ def _read_pixels(archive: str, imported: releases.Imported, folder: Path) -> pd.
     opened = releases.Archive(archive)
     releases.check_same_archive(opened, imported, folder)
     images = int(imported.years["image"].notna().sum())
-    with progress_bar("reading images", images) as bar:
+    with progress_bar("reading", images, "images") as bar:
         return auditing.sum_pixels(opened, imported.years, bar.advance)
 
 
@@ -261,7 +263,7 @@ def export(sites: StoreSites, folder: Path | None, out: Path) -> None:
       minecube release export --store cubes.zarr --import eurominenet --out again
     """
     names = sites.names()
-    with progress_bar("exporting", len(names)) as bar:
+    with progress_bar("exporting", len(names), "sites") as bar:
         exported = export_release(sites.store, names, out, folder, bar.advance)
     columns = ("site", "images", "labels", "without label", "lowest IoU with the release's")
     click.echo(format_table(columns, [_summarise(site) for site in exported]))

@@ -80,7 +80,7 @@ def score(
     counts: Counts = {prediction: {} for prediction in predictions}
     for path, scores in earlier:
         join_counts(counts, path, scores, names)
-    with progress_bar("scoring", len(names) * len(predictions)) as bar:
+    with progress_bar("scoring", len(names) * len(predictions), "maps") as bar:
         added = count_sites(
             sites.store, names, predictions, baselines=baselines, progress=bar.advance
         )

@@ -42,12 +42,12 @@ def search(sites: SiteOptions, years: tuple[int, ...], source_ids: str, out: Pat
     loaded = sites.load()
     sources = choose_sources(source_ids, sites.catalog)
     rows = []
-    with progress_bar("searching", len(loaded) * len(years)) as bar:
+    with progress_bar("searching", len(loaded) * len(years), "site-years") as bar:
         for site in loaded:
             for year in years:
                 listed = search_and_save(site, year, sources, out)
                 rows.append((site.id, year, *_summarise(listed)))
-                bar.advance(site.id)
+                bar.advance(f"{site.id} {year}")
     columns = ("site", "year", "scenes", "days", "copies", "refused", "cloud %", "baselines")
     click.echo(format_table(columns, rows))
     click.echo(f"saved in {out}")

@@ -47,7 +47,7 @@ def simulate(sites: SiteOptions, out: Path, world: World) -> None:
       minecube build --catalog world --sites demo_1 --years 2020-2022 --source sim-cdse --store cubes.zarr
     """
     loaded = sites.load()
-    with progress_bar("simulating") as bar:
+    with progress_bar("simulating", len(loaded) * len(world.years), "site-years") as bar:
         make_world(loaded, out, world, progress=bar.advance)
     click.echo(
         f"{out}: {len(loaded)} sites, {len(world.years)} years; "

@@ -74,7 +74,7 @@ def tracks(
     maps = read_maps(sites.store, names, prediction)
     rates = choose_rates(sites.store, maps, method, temper)
     smoothed = SmoothedSites(prediction, maps, rates)
-    with progress_bar("smoothing", len(names)) as bar:
+    with progress_bar("smoothing", len(names), "sites") as bar:
         summaries = smooth_sites(sites.store, smoothed, out, bar.advance)
     _print_summaries(summaries)
     click.echo(

@@ -137,7 +137,7 @@ def train(
         )
     with (
         join_process_group(run.device) as (device, is_main),
-        progress_bar(f"training {card.id}") as bar,
+        progress_bar(f"training {card.id}", shown=is_main) as bar,
     ):
         run = dataclasses.replace(
             run, checkpoint=checkpoint_path(out), device=device, progress=bar.reach

@@ -57,7 +57,7 @@ def verify(sites: StoreSites, out: Path | None, workers: int, uncommit: bool) ->
             store,
             names,
             workers=workers,
-            progress=lambda part, total, name: bar.advance(f"{name}, {part} of {total}"),
+            progress=bar.reach,
         )
     _print_findings(report)
     commands = repair_commands(store, report)

@@ -20,7 +20,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +107,7 @@ def publish_release(
     place: str,
     tag: str,
     attributes: Mapping[str, Mapping[str, str]],
+    progress: Callable[[int, int], None] = lambda _part, _total: None,
 ) -> tuple[int, int] | None:
     """Copy the state of these sites to the repository, commit it and tag the commit.
 
@@ -116,6 +117,7 @@ def publish_release(
         place: The repository, as for `open_repository`. It is created if missing.
         tag: Name of the release. A tag never moves.
         attributes: Site -> attributes of its group: licence and citations.
+        progress: Called with the number of compared objects, and of all objects.
 
     Returns:
         The numbers of objects written and removed. None if the tag already has this state.
@@ -142,7 +144,7 @@ def publish_release(
         session = repository.writable_session("main")
         parent = session.snapshot_id
         snapshot = parent
-        changed: tuple[int, int] = sync(_mirror(session.store, release))
+        changed: tuple[int, int] = sync(_mirror(session.store, release, progress))
         if session.has_uncommitted_changes:
             metadata = {site: dict(text) for site, text in attributes.items()}
             snapshot = session.commit(f"Release {tag}", metadata=metadata)
@@ -211,7 +213,9 @@ def _list_keys(source: zarr.Group, site: str, committed_years: Sequence[int]) ->
         yield key
 
 
-async def _mirror(target: Any, release: _Release) -> tuple[int, int]:
+async def _mirror(
+    target: Any, release: _Release, progress: Callable[[int, int], None]
+) -> tuple[int, int]:
     """Write changed objects and delete all others; return both counts."""
     prototype = default_buffer_prototype()
     superfluous = [key async for key in target.list() if key not in release.keys]
@@ -230,6 +234,7 @@ async def _mirror(target: Any, release: _Release) -> tuple[int, int]:
     copied = [await copy(key) for key in metadata]
     for chunks in _cut_batches(release.keys.difference(metadata)):
         copied += await asyncio.gather(*map(copy, chunks))
+        progress(len(copied), len(release.keys))
     return sum(copied), len(superfluous)
 
 

@@ -73,7 +73,7 @@ def audit_scenes(
     """Search all site-years in all sources, and compare the scenes with the expected passes.
 
     Reads no pixels. The recipe's months and needed dates judge a site-year. `progress` gets the
-    site-year of each search.
+    site-year and source of each search, and the reason of a failure.
 
     Raises:
         SceneError: a year is without Sentinel-2.
@@ -181,11 +181,13 @@ def _list_scenes(
             answers: list[coverage.Listing] = []
             failures: list[Unanswered] = []
             for source in sources:
+                note = f"{site.id} {year}, {source.id}"
                 try:
                     answers.append(searches[year, source.id].result())
                 except SceneError as error:
                     failures.append(Unanswered(f"{site.id} {year}", source.id, str(error)))
-                progress(f"{site.id} {year}")
+                    note += f", failed: {error}"
+                progress(note)
             unanswered += failures
             if not failures:
                 listings += answers

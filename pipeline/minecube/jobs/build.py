@@ -126,10 +126,12 @@ def build_cubes(
     years: Sequence[int],
     executor: Executor | None = None,
     progress: Callable[[Outcome], None] = lambda _: None,
+    searched: Callable[[str, int], None] = lambda _site, _year: None,
 ) -> list[Outcome]:
     """Build all site-years, one task each on the executor (by default threads of this machine).
 
-    All searches come first: a site without any scenes leaves no group in the store.
+    All searches come first: a site without any scenes leaves no group in the store. Calls
+    `searched` after each search with scenes, and `progress` with each outcome.
 
     Raises:
         MinecubeError: nothing can be built. Causes are a year without Sentinel-2, a source without
@@ -148,7 +150,7 @@ def build_cubes(
         check_credentials(source.access, source.id)
     for site in sites:
         cube.check_site(job.store, site, grid_of(site), years, job.recipe)
-    tasks, outcomes = _search_all(job, sites, years, progress)
+    tasks, outcomes = _search_all(job, sites, years, progress, searched)
     for site in {s.id: s for s, _ in tasks}.values():
         cube.create_site(job.store, site, grid_of(site), years, job.recipe)
     for outcome in _build_all(job, tasks, executor):
@@ -409,7 +411,11 @@ def _describe_failed(store: cube.Store, site: Site, year: int, error: BaseExcept
 
 
 def _search_all(
-    job: BuildJob, sites: Sequence[Site], years: Sequence[int], progress: Callable[[Outcome], None]
+    job: BuildJob,
+    sites: Sequence[Site],
+    years: Sequence[int],
+    progress: Callable[[Outcome], None],
+    searched: Callable[[str, int], None],
 ) -> tuple[list[tuple[Site, int]], list[Outcome]]:
     """Search and save the scenes of all site-years.
 
@@ -432,6 +438,7 @@ def _search_all(
                     faults.append(error)
             else:
                 tasks.append((site, year))
+                searched(site.id, year)
     if faults and not tasks:
         raise faults[0]  # the fault is in the source or the list, not in a site-year
     return tasks, outcomes
