@@ -38,8 +38,11 @@ _RECENT = 50
 class Bar(Protocol):
     """Progress of one command: title, finished parts, all parts and a note."""
 
-    def advance(self, note: str) -> None:
-        """Add one finished part: a site, a site-year or another part that takes seconds."""
+    def advance(self, note: str, total: int | None = None) -> None:
+        """Add one finished part: a site, a site-year or another part that takes seconds.
+
+        `total` changes the number of all parts.
+        """
 
     def reach(self, parts: int, total: int, note: str = "") -> None:
         """Set the number of finished small parts, and of all parts. 0: their number is unknown."""
@@ -62,8 +65,8 @@ class _TerminalBar:
         self._task = task
         self._title = ""
 
-    def advance(self, note: str) -> None:
-        self._progress.update(self._task, advance=1, note=note)
+    def advance(self, note: str, total: int | None = None) -> None:
+        self._progress.update(self._task, advance=1, note=note, total=total)
 
     def reach(self, parts: int, total: int, note: str = "") -> None:
         self._progress.update(self._task, completed=parts, total=total, note=note)
@@ -106,9 +109,10 @@ class Lines:
             self._marks.append((self._printed, 0))
             print_line(f"{title} {total} {parts}")
 
-    def advance(self, note: str) -> None:
+    def advance(self, note: str, total: int | None = None) -> None:
         """Print a line for one more finished part."""
         self._done += 1
+        self._total = self._total if total is None else total
         self._print(self._clock(), note)
         self._marks.append((self._printed, self._done))
 

@@ -114,11 +114,11 @@ def run(
         return
     with progress_bar("running") as bar:
 
-        def report(unit: Unit, result: Result, ended: int, total: int) -> None:
+        def report(unit: Unit, result: Result, total: int) -> None:
             note = str(unit)
             if not result.is_good:
                 note += f" failed: {result.message}"
-            bar.reach(ended, total, note)
+            bar.advance(note, total)
 
         summary = run_dataset(dataset, options, report)
     print_summary(summary, list_steps(dataset, options.only))
