@@ -47,6 +47,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/tracks.py --json build/tracks.json
 	$(BIN)/python benchmarks/score.py --json build/score.json
 	$(BIN)/python benchmarks/predict.py --json build/predict.json
+	$(BIN)/python benchmarks/runs.py --json build/runs.json
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -46,6 +46,13 @@ def test_mapping(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_runs(tmp_path: Path) -> None:
+    """The benchmark stops with an error unless the second run keeps what the first one built."""
+    found = figures(tmp_path, "runs.py", "--sites", "2")
+    assert found["rerun_ms_per_site_year"] > 0
+
+
+@pytest.mark.slow
 def test_scoring(tmp_path: Path) -> None:
     """The benchmark stops with an error if its counts differ from torchmetrics'."""
     found = figures(tmp_path, "score.py", "--sites", "2", "--rounds", "3")

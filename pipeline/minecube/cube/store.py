@@ -139,6 +139,14 @@ class Store:
             return False
         return any(batch for batch in self.open_objects().list(path))
 
+    def has_object(self, key: str) -> bool:
+        """Whether an object exists."""
+        try:
+            self.open_objects().get(key)
+        except FileNotFoundError:
+            return False
+        return True
+
     def open_zarr(self) -> Any:
         """Open the Zarr store."""
         if self.packed:
@@ -206,10 +214,15 @@ class Store:
         Raises:
             CubeError: the site is missing, unfinished, or of another version.
         """
-        if not self.has_group(site_id):
+        group = self.find_group(site_id, mode)
+        if group is None:
             names = ", ".join(list_sites(self)) or "no site"
             raise CubeError(f"{self}: no site {site_id!r}; it has {names}")
-        group = self.open_group(site_id, mode)
+        self.check_format(site_id, group)
+        return group
+
+    def check_format(self, site_id: str, group: zarr.Group) -> None:
+        """Raise CubeError if a site's group is unfinished, or of another version."""
         if is_unfinished(group):
             raise CubeError(
                 f"{self}: {site_id} is being created, or a run was killed then; run "
@@ -220,7 +233,6 @@ class Store:
                 f"{self}: group {site_id!r} was not made by this version of minecube; use "
                 "another --store"
             )
-        return group
 
     def begin_group(self, path: str, attributes: Mapping[str, Any]) -> None:
         """Create a group with these attributes, or empty an existing one.

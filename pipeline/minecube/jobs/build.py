@@ -36,7 +36,7 @@ from minecube.errors import (
 from minecube.grid import grid_of
 from minecube.jobs.copies import Copies
 from minecube.jobs.failures import classify, describe_failure
-from minecube.jobs.scene_lists import FindScenes, cache_lists, load_or_save
+from minecube.jobs.scene_lists import FindScenes, cache_lists, hash_list, load_or_save
 from minecube.jobs.workers import iterate_finished
 from minecube.reader import Ledger, check_credentials, interruption
 from minecube.scenes import offsets, snapshot, veils
@@ -179,17 +179,31 @@ def choose_scenes(
     """
     listed = find(site, year, job.sources, job.snapshots)
     selected = scenes.select(listed.scenes, job.recipe)
-    if "neighbour-year" not in job.recipe.fallback:
-        return listed, selected
-    for neighbour in (year - 1, year + 1):
-        if not scenes.has_images(neighbour):
-            continue
+    for neighbour in _list_neighbours(job.recipe, year):
         try:
             nearby = find(site, neighbour, job.sources, job.snapshots)
             selected += scenes.select_usable(nearby.scenes, job.recipe)
         except scenes.NoScenesError as error:  # a search without answer fails the year
             log.info("%s %s: nothing to take from %s: %s", site.id, year, neighbour, error)
     return listed, selected
+
+
+def _list_neighbours(recipe: Recipe, year: int) -> list[int]:
+    """List the neighbouring years that a recipe falls back on."""
+    if "neighbour-year" not in recipe.fallback:
+        return []
+    return [neighbour for neighbour in (year - 1, year + 1) if scenes.has_images(neighbour)]
+
+
+def _hash_inputs(job: BuildJob, site: Site, year: int) -> str | None:
+    """Hash what decides about a site-year's build; None if one of its scene lists is missing."""
+    hashes = []
+    for listed_year in (year, *_list_neighbours(job.recipe, year)):
+        scene_list = hash_list(site, listed_year, job.sources, job.snapshots)
+        if scene_list is None:
+            return None
+        hashes.append(scene_list)
+    return cube.hash_inputs(site, year, grid_of(site), job.recipe, hashes)
 
 
 def load_geomedian(device: str) -> GeomedianFunction:
@@ -239,6 +253,8 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
     """Build a site-year, unless the same build is committed."""
     job = task.job
     cube.finish_commit(job.store, task.site.id, task.year)
+    # Before the scenes are read: a list replaced meanwhile must not count as the list of this build.
+    inputs = _hash_inputs(job, task.site, task.year)
     listed, candidates = choose_scenes(job, task.site, task.year, load_or_save)
     provenance = cube.describe_build(
         task.site,
@@ -249,11 +265,15 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
         snapshot=snapshot.hash_scenes(listed.scenes),
         refused=dict(listed.refused),
         on_offset_conflict=job.on_offset_conflict,
+        inputs=inputs,
     )
     if cube.is_committed(
         job.store, provenance, overwrite=job.overwrite, completeness=job.min_read_completeness
     ):
-        return _describe_kept(task, candidates)
+        marker = cube.read_markers(job.store, task.site.id)[task.year]
+        ids = {scene.get("copy_of", scene["id"]) for scene in cube.list_used_scenes(marker)}
+        read = [scene for scene in candidates if scene.id in ids]
+        return _describe_kept(job, marker, len(scenes.list_solar_days(read)))
     copies = Copies(
         job.sources,
         job.recipe.bands,
@@ -286,6 +306,7 @@ def _composite_year(
     job = task.job
     looks = Ledger(lossy=job.lossy, copied=copied)
     usable, checks = _check_scenes(task, candidates, looks, notes)
+    notes["days"] = len(scenes.list_solar_days(usable))
     planned = plan.estimate(candidates, task.grid, job.recipe)
     resumed = cube.read_initial_counts(job.store, notes)
     ledger = Ledger(lossy=job.lossy, before=resumed, copied=copied)
@@ -326,7 +347,7 @@ def _composite_year(
         year=task.year,
         state="built" if is_new else "kept",
         scenes=len(usable),
-        days=len(scenes.list_solar_days(usable)),
+        days=notes["days"],
         conflicts=sum(check.conflict for check in checks),
         planned=planned,
         reads=ledger.totals(),
@@ -374,21 +395,36 @@ def _ids_missing(earlier: Sequence[pystac.Item], later: Sequence[pystac.Item]) -
     return [scene.id for scene in earlier if scene.id not in ids]
 
 
-def _describe_kept(task: _SiteYear, candidates: Sequence[pystac.Item]) -> Outcome:
+def _find_kept(job: BuildJob, site: Site, year: int) -> Outcome | None:
+    """Make the outcome of a site-year committed from the same inputs, without reading its scenes.
+
+    Returns None if only its scenes can tell, or if the site-year is to be built.
+    """
+    start = time.monotonic()
+    inputs = _hash_inputs(job, site, year)
+    if inputs is None:
+        return None
+    marker = cube.find_build(job.store, site.id, year, inputs, job.on_offset_conflict)
+    if marker is None:
+        return None
+    if job.overwrite and cube.completeness_of(marker) < job.min_read_completeness:
+        return None
+    kept = _describe_kept(job, marker, marker["days"])
+    return replace(kept, seconds=time.monotonic() - start)
+
+
+def _describe_kept(job: BuildJob, marker: Mapping[str, Any], days: int) -> Outcome:
     """Make the outcome of a site-year that is already committed."""
-    marker = cube.read_markers(task.job.store, task.site.id)[task.year]
-    ids = {scene.get("copy_of", scene["id"]) for scene in cube.list_used_scenes(marker)}
-    read = [scene for scene in candidates if scene.id in ids]
     completeness = cube.completeness_of(marker)
     message = ""
-    if completeness < task.job.min_read_completeness:
+    if completeness < job.min_read_completeness:
         message = f"has {completeness:.2%} of its reads; use --overwrite to build it again"
     return Outcome(
-        site=task.site.id,
-        year=task.year,
+        site=marker["site"],
+        year=marker["year"],
         state="kept",
-        scenes=len(read),
-        days=len(scenes.list_solar_days(read)),
+        scenes=len(cube.list_used_scenes(marker)),
+        days=days,
         message=message,
     )
 
@@ -417,11 +453,11 @@ def _search_all(
     progress: Callable[[Outcome], None],
     searched: Callable[[str, int], None],
 ) -> tuple[list[tuple[Site, int]], list[Outcome]]:
-    """Search and save the scenes of all site-years.
+    """Search and save the scenes of all site-years, except those committed from the same lists.
 
     Returns the site-years to build, and outcomes of the others.
 
-    Raises SceneError if no site-year can start, unless all searches were empty.
+    Raises SceneError if no site-year can start or is kept, unless all searches were empty.
     """
     tasks: list[tuple[Site, int]] = []
     outcomes: list[Outcome] = []
@@ -429,6 +465,11 @@ def _search_all(
     find = cache_lists(load_or_save)
     for site in sites:
         for year in years:
+            kept = _find_kept(job, site, year)
+            if kept is not None:
+                outcomes.append(kept)
+                progress(kept)
+                continue
             try:
                 choose_scenes(job, site, year, find)
             except SceneError as error:
@@ -439,7 +480,7 @@ def _search_all(
             else:
                 tasks.append((site, year))
                 searched(site.id, year)
-    if faults and not tasks:
+    if faults and not tasks and all(outcome.state != "kept" for outcome in outcomes):
         raise faults[0]  # the fault is in the source or the list, not in a site-year
     return tasks, outcomes
 

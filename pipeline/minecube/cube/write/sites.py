@@ -41,10 +41,11 @@ def check_site(
         )
     if group is None or is_unfinished(group):
         return False
-    group = store.open_site(site.id)
+    store.check_format(site.id, group)
     description = group.attrs[DESCRIPTION]
     _check_recipe(store, site, description["recipe"], recipe)
-    missing = [name for name in description.get("arrays", ()) if name not in group]
+    names = description.get("arrays", ())
+    missing = [name for name in names if not store.has_object(f"{site.id}/{name}/zarr.json")]
     if missing:
         raise CubeError(f"{store}: {site.id} lacks its array {missing[0]!r}; run `minecube verify`")
     if grid_in(group.attrs) != grid:
