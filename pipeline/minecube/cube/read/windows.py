@@ -213,7 +213,7 @@ def open_reflectance(store: Store, site_id: str) -> xr.DataArray:
         name="reflectance",
     )
     reflectance.encoding["chunks"] = (1, pixels.shape[1], *pixels.chunk)
-    return reflectance.sel(year=list(site.years))
+    return reflectance.isel(year=[site.index[year] for year in site.years])
 
 
 def window_starts(length: int, size: int, step: int) -> list[int]:
