@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 import zarr
+from odc.geo.xr import xr_coords
 
 from known_site_years import (
     PROVENANCE,
@@ -79,6 +81,9 @@ def test_later_and_earlier_years_are_added(store, site, grid):
     """Shards stay where they are, so the stored years are in the order in which they were added."""
     made = year_of(grid)
     cube.write_year(store, made, PROVENANCE, b"")
+    mask = np.random.default_rng(1).integers(0, 2, (1, *grid.shape)).astype(np.uint8)
+    coords = {"year": [2020], **xr_coords(grid)}
+    cube.write_footprint(store, "mine", xr.DataArray(mask, coords, ("year", "y", "x")), "drawn")
     shards = files_of(store.path / "mine/reflectance/c")
     cube.create_site(store, site, grid, [2020, 2023], RECIPE)
     cube.create_site(store, site, grid, [2018, 2016], RECIPE)
@@ -93,7 +98,8 @@ def test_later_and_earlier_years_are_added(store, site, grid):
     ]
     np.testing.assert_array_equal(opened.reflectance.sel(year=2020), made.reflectance)
     assert not opened.reflectance.sel(year=[2016, 2018, 2023]).values.any()
-    assert (opened.footprint.sel(year=2016) == 255).all()
+    np.testing.assert_array_equal(opened.footprint.sel(year=[2020]), mask)
+    assert (opened.footprint.sel(year=[2016, 2018, 2019, 2021, 2023]) == 255).all()
     assert files_of(store.path / "mine/reflectance/c") == shards
 
 
