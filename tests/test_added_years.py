@@ -17,7 +17,7 @@ from minecube import cube
 
 
 @pytest.fixture(scope="module")
-def stores(tmp_path_factory):
+def stores(tmp_path_factory, one_thread):
     return make_stores(tmp_path_factory.mktemp("stores"))
 
 
@@ -93,7 +93,7 @@ def need_same_pixels(one, other):
 def test_scores(stores, tmp_path):
     said = []
     for store in stores:
-        models = ("--model", "net,pairs,net+hmm", "--baselines")
+        models = ("--model", "net,pairs", "--baselines")
         counts = tmp_path / f"{store.stem}.json"
         said.append(run("score", "--store", store, *models, "--json", counts))
     assert said[1] == said[0]
