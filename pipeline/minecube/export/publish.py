@@ -3,7 +3,7 @@
 Every tag is one permanent state of all cubes. Two tags can be compared. A release contains
 committed data only: pixels of years without a marker are left out.
 
-Pixels are copied bit for bit. Years are in ascending order (`release_years`). Licence and citations
+Pixels are copied bit for bit. Years are in ascending order (`year_order`). Licence and citations
 are added to the attributes of each site's group. Only changed objects are written, so two tags
 differ only in real changes. A year added before others moves their shards, which are written again.
 
@@ -34,7 +34,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from minecube.errors import CubeError
-from minecube.export.release_years import Years, encode_years
+from minecube.export.year_order import Years, encode_years
 
 _ROOT = "zarr.json"
 _BATCH = 16  # objects in flight: hides an object store's latency and still fits in memory
