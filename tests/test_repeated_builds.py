@@ -31,6 +31,22 @@ def test_a_second_build_keeps_everything_and_needs_no_archive(world, built, tmp_
     assert "built" not in out
 
 
+def test_an_earlier_year_is_built_later(world, built, tmp_path):
+    """The years are those of a store in which both were built at once."""
+    store = tmp_path / "cubes.zarr"
+    lists = ("--scenes", world / "cubes.zarr-scenes")
+    for years in ("2022", "2020"):
+        out, _ = run_here("build", *args(world, store, years), *lists)
+        assert out.count("built") == 1
+    stored = xr.open_zarr(store, group="pit", consolidated=False)
+    assert stored.year.values.tolist() == [2022, 2020]
+    added, at_once = (cube.open_committed(cube.Store(s), "pit").load() for s in (store, built))
+    labels = ["footprint", "footprint_fraction"]
+    xr.testing.assert_equal(added.drop_vars(labels), at_once.drop_vars(labels))
+    out, _ = run_here("build", *args(world, store), *lists)
+    assert out.count("kept") == 2
+
+
 def test_other_scenes_are_refused_unless_told(world, built, tmp_path):
     """A scene list from which one scene is gone is another build."""
     from minecube.scenes import SearchResult, snapshot

@@ -149,7 +149,7 @@ def build_cubes(
             )
         check_credentials(source.access, source.id)
     for site in sites:
-        cube.check_site(job.store, site, grid_of(site), years, job.recipe)
+        cube.check_site(job.store, site, grid_of(site), job.recipe)
     tasks, outcomes = _search_all(job, sites, years, progress, searched)
     for site in {s.id: s for s, _ in tasks}.values():
         cube.create_site(job.store, site, grid_of(site), years, job.recipe)

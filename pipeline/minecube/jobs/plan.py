@@ -96,7 +96,7 @@ def plan_build(
     find = cache_lists(load_or_search)
     rows = []
     for site in sites:
-        cube.check_site(job.store, site, grid_of(site), years, job.recipe)
+        cube.check_site(job.store, site, grid_of(site), job.recipe)
         for year in years:
             rows.append(_plan_year(job, site, year, builds[site.id].get(year), find))
             progress(rows[-1])

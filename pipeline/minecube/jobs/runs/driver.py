@@ -96,7 +96,7 @@ def check_store(inputs: Inputs, sites: Iterable[str]) -> None:
     for name in sites:
         site = inputs.sites[name]
         if site.geometry is not None:
-            cube.check_site(inputs.store, site, grid_of(site), (), inputs.job.recipe)
+            cube.check_site(inputs.store, site, grid_of(site), inputs.job.recipe)
 
 
 @dataclass
