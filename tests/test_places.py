@@ -185,7 +185,13 @@ def test_a_check_leaves_nothing(bucket):
     assert stored(bucket) == {}
 
 
-def test_a_check_of_a_missing_bucket(bucket):
-    with pytest.raises(Exception, match="NoSuchBucket") as caught:
-        check_writable(Url("s3://other/export"))
-    assert isinstance(caught.value, obstore.exceptions.BaseError | FileNotFoundError)
+def write_text(url):
+    with outgoing(url) as path:
+        path.write_text("a")
+
+
+def test_a_missing_bucket_is_one_sentence(bucket):
+    other = Url("s3://other/a.txt")
+    for do in (check_writable, write_text):
+        with pytest.raises(PlaceError, match=r"^s3://other/a\.txt: there is no bucket s3://other;"):
+            do(other)

@@ -209,11 +209,13 @@ def check_writable(folder: Url) -> None:
     """Write an empty object to a folder, and delete it.
 
     Raises:
+        PlaceError: the bucket is missing.
         obstore.exceptions.BaseError: the object store does not answer, or refuses the keys.
     """
     client = open_hurried_client(folder.bucket)
     probe = folder / ".minecube-write-check"
-    client.put(probe.key, b"")
+    with _need_bucket(folder):
+        client.put(probe.key, b"")
     with suppress(FileNotFoundError):  # another process has deleted it
         client.delete(probe.key)
 
@@ -259,7 +261,8 @@ def outgoing(place: Place, *, update: bool = False) -> Iterator[Path]:
     With `update`, the objects of a folder are downloaded first.
 
     Raises:
-        PlaceError: objects other than a Zarr are in place of a folder named `*.zarr`.
+        PlaceError: the bucket is missing, or objects other than a Zarr are in place of a folder
+            named `*.zarr`.
     """
     if isinstance(place, Path):
         yield place
@@ -289,6 +292,15 @@ def _naming(path: Path, url: Url) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _need_bucket(url: Url) -> Iterator[None]:
+    """Convert the error of a missing bucket to PlaceError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise PlaceError(f"{url}: there is no bucket {url.bucket}; check the URL") from error
+
+
 def _download(url: Url, path: Path) -> None:
     pieces = url.client().get(url.key).stream(min_chunk_size=_PIECE)
     with path.open("wb") as file:
@@ -306,7 +318,9 @@ def _relative(key: str, folder: Url) -> str:
 
 def _upload(path: Path, url: Url) -> None:
     size = path.stat().st_size
-    url.client().put(url.key, path, chunk_size=max(_PIECE, math.ceil(size / _MOST_PIECES)))
+    piece = max(_PIECE, math.ceil(size / _MOST_PIECES))
+    with _need_bucket(url):
+        url.client().put(url.key, path, chunk_size=piece)
 
 
 def _upload_folder(folder: Path, url: Url) -> None:

@@ -18,7 +18,7 @@ from minecube.catalog.releases import Release
 from minecube.catalog.scene_source import Source
 from minecube.catalog.training import TrainingSettings
 from minecube.errors import CatalogError
-from minecube.places import Place, place_of
+from minecube.places import Place, Url, place_of
 
 T = TypeVar("T")
 Entry = TypeVar("Entry", ModelCard, Recipe, Release, Source, TrainingSettings)
@@ -94,9 +94,17 @@ def load_presets(path: Place | None = None) -> dict[str, TrainingSettings]:
 
 
 def _absolute(href: str, folder: Place) -> str:
-    """Resolve a path relative to the folder of the YAML file. URLs stay unchanged."""
+    """Resolve a path relative to the folder of the YAML file. URLs stay unchanged.
+
+    Raises CatalogError for a local path in a catalogue at a URL.
+    """
     if "://" in href:
         return href
+    if isinstance(folder, Url) and Path(href).is_absolute():
+        raise CatalogError(
+            f"{folder}: expected a URL, or a path relative to the catalogue, found {href}; "
+            "local files are for local catalogues"
+        )
     return str(folder / href)
 
 
