@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from minecube.cli.bars import print_line
-from minecube.cli.parameters import SEED, OutFolder
+from minecube.cli.parameters import SEED, LocalFolder
 from minecube.jobs.demo import TEST_SITE, run_demo
 from minecube.jobs.tables import format_table
 
@@ -33,7 +33,7 @@ _MEANINGS = {
 @click.command()
 @click.option(
     "--out",
-    type=OutFolder(),
+    type=LocalFolder(),
     default=Path("build/demo"),
     show_default=True,
     help="New or empty folder for all results.",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
@@ -17,11 +16,13 @@ from minecube.cli.options import (
     store_option,
     years_option,
 )
+from minecube.cli.parameters import InFile
 from minecube.cli.scene_options import JobOptions, job_options
 from minecube.composite.plan import Estimate, Terms
 from minecube.jobs.build import BuildJob
 from minecube.jobs.plan import BuildPlan, plan_build
 from minecube.jobs.tables import format_table
+from minecube.places import Place
 
 
 @click.command()
@@ -31,13 +32,13 @@ from minecube.jobs.tables import format_table
 @store_option
 @click.option(
     "--prices",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=InFile(),
     help="YAML file with any of latency_s, mb_per_s, cores, currency, per_1000_requests, per_gb "
     "and per_core_hour.",
 )
 @collect_options
 def plan(
-    sites: SiteOptions, years: tuple[int, ...], options: JobOptions, prices: Path | None
+    sites: SiteOptions, years: tuple[int, ...], options: JobOptions, prices: Place | None
 ) -> None:
     """Estimate the requests, bytes, memory, time and cost of a build.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import click
 
@@ -34,6 +33,7 @@ from minecube.jobs.predict import (
     map_site,
 )
 from minecube.jobs.workers import connect_workers
+from minecube.places import Place
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ModelOptions:
     """The model: --model and --catalog."""
 
     model: str
-    catalog: Path | None
+    catalog: Place | None
 
 
 def _check_name(_ctx: click.Context, _param: click.Parameter, name: str | None) -> str | None:
@@ -62,7 +62,7 @@ def _check_name(_ctx: click.Context, _param: click.Parameter, name: str | None) 
 @click.option(
     "--model",
     required=True,
-    help="File of a trained model, or the name of a model with weights (catalog/models.yaml).",
+    help="Path or object-store URL of a trained model, or the name of a model with weights (catalog/models.yaml).",
 )
 @click.option(
     "--name",

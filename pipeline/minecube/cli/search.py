@@ -15,6 +15,7 @@ from minecube.cli.scene_options import source_option
 from minecube.jobs.catalogs import choose_sources
 from minecube.jobs.scene_lists import search_and_save
 from minecube.jobs.tables import format_table
+from minecube.places import Place
 
 
 @click.command()
@@ -30,7 +31,7 @@ from minecube.jobs.tables import format_table
     "reads them.",
 )
 @collect_options
-def search(sites: SiteOptions, years: tuple[int, ...], source_ids: str, out: Path) -> None:
+def search(sites: SiteOptions, years: tuple[int, ...], source_ids: str, out: Place) -> None:
     """Search the scenes of sites and years, and save one list per site-year.
 
     The lists are stac-geoparquet files for `build --scenes`.

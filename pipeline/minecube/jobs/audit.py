@@ -17,6 +17,7 @@ from minecube.errors import CubeError, SceneError
 from minecube.files import replacing
 from minecube.grid import grid_of
 from minecube.jobs.scene_lists import load_or_search, path_of_list
+from minecube.places import Place
 from minecube.scenes import coverage
 
 _SEARCHES = 4
@@ -102,7 +103,7 @@ def audit_scenes(
 
 
 def judge_lists(
-    site: Site, years: Sequence[int], sources: Sequence[Source], recipe: Recipe, folder: Path
+    site: Site, years: Sequence[int], sources: Sequence[Source], recipe: Recipe, folder: Place
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare a site's saved scene lists with the expected passes, without a search.
 

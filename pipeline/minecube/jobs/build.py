@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pystac
@@ -38,6 +37,7 @@ from minecube.jobs.copies import Copies
 from minecube.jobs.failures import classify, describe_failure
 from minecube.jobs.scene_lists import FindScenes, cache_lists, hash_list, load_or_save
 from minecube.jobs.workers import iterate_finished
+from minecube.places import Place
 from minecube.reader import Ledger, check_credentials, interruption
 from minecube.scenes import offsets, snapshot, veils
 from minecube.scenes.looks import read_look
@@ -53,7 +53,7 @@ class BuildJob:
     sources: tuple[Source, ...]
     """In order of preference. Each acquisition is read from the first source listing it."""
     recipe: Recipe
-    snapshots: Path
+    snapshots: Place
     """Folder of scene lists. Existing lists are reused, to repeat a build without the API."""
     on_offset_conflict: str = "drop"
     """One of `offsets.CONFLICT_POLICIES`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime
 from importlib import metadata
-from pathlib import Path
 
 from minecube import cube
 from minecube.catalog import as_dict
@@ -15,6 +14,7 @@ from minecube.grid import grid_of
 from minecube.jobs.build import choose_scenes
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.scene_lists import load_or_search, path_of_list
+from minecube.places import Place, time_of_change
 
 
 class StaleCheck:
@@ -64,13 +64,11 @@ class StaleCheck:
         return cube.hash_build(provenance) != commit.build
 
 
-def list_path(inputs: Inputs, site: str, year: int) -> Path:
-    """Return the path of a site-year's scene list."""
+def list_path(inputs: Inputs, site: str, year: int) -> Place:
+    """Return the place of a site-year's scene list."""
     return path_of_list(inputs.sites[site], year, inputs.job.sources, inputs.job.snapshots)
 
 
-def _changed_after(path: Path, time: float) -> bool:
-    try:
-        return path.stat().st_mtime > time
-    except FileNotFoundError:
-        return False
+def _changed_after(place: Place, time: float) -> bool:
+    changed = time_of_change(place)
+    return changed is not None and changed > time
