@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from minecube import cube, models
+from minecube import models
 from minecube.cube.views import model_digest
 from minecube.digests import sha256_of_json
 from minecube.jobs.catalogs import load_all_models
