@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,7 +73,7 @@ def draw_area_overview(
     _draw_shares(shares, rows)
     _draw_ends(ends, rows)
     _draw_scale(figure)
-    _draw_legend(figure, has_truth=truth is not None)
+    _draw_legend(figure, has_truth=rows.truth is not None)
     save(figure, out)
 
 
@@ -93,8 +94,8 @@ def _tabulate(areas: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     sites = tables.index.get_level_values("site")
     by_year = pd.Series(known, [sites, tables["year"]]).to_xarray()
     years = range(int(tables["year"].min()), int(tables["year"].max()) + 1)
-    table: pd.DataFrame = by_year.reindex(site=list(areas), year=years).to_pandas()
-    return table
+    by_year = by_year.reindex(site=list(areas), year=years)
+    return pd.DataFrame(by_year.to_numpy(), list(areas), years)
 
 
 def _find_last(areas: pd.DataFrame) -> pd.Series:
@@ -136,7 +137,9 @@ def _draw_shares(ax: Axes, rows: _Rows) -> None:
     areas = rows.mapped.to_numpy(float)
     largest = np.nanmax(areas, axis=1, keepdims=True, initial=0)
     share = areas / np.where(largest > 0, largest, 1)
-    first, last = rows.mapped.columns[[0, -1]]
+    years = rows.mapped.columns.to_numpy(int)
+    first = int(years[0])
+    last = int(years[-1])
     extent = (first - 0.5, last + 0.5, len(areas) - 0.5, -0.5)
     corner = (extent[0], extent[3])
     ax.add_patch(Rectangle(corner, last - first + 1, len(areas), lw=0, zorder=0, **UNOBSERVED))
@@ -196,7 +199,7 @@ def _draw_scale(figure: Figure) -> None:
 
 
 def _draw_legend(figure: Figure, *, has_truth: bool) -> None:
-    dot = {"marker": "o", "ls": "", "ms": 5}
+    dot: dict[str, Any] = {"marker": "o", "ls": "", "ms": 5}
     handles: list[Artist] = [
         Line2D([], [], color=MAPPED, label="last area", **dot),
         Line2D([], [], color=GAIN, lw=3, label="larger than first"),
