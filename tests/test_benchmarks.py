@@ -70,3 +70,14 @@ def test_scoring(tmp_path: Path) -> None:
         assert found[f"{prefix}vs_torchmetrics"] == pytest.approx(
             seconds["torchmetrics"] / seconds["score"]
         )
+
+
+@pytest.mark.slow
+def test_mission(tmp_path: Path) -> None:
+    """Each command ends well, and the slowest that does not work on pixels is named."""
+    found = figures(tmp_path, "mission.py", "--sites", "4", "--years", "2")
+    assert {"search", "export", "publish, compare", "release audit"} < set(found["seconds"])
+    pixel_steps = {"build", "train", "predict", "bench"}
+    others = [s for name, s in found["seconds"].items() if name not in pixel_steps]
+    assert found["slowest_step_s"] == max(others)
+    assert found["seconds"][found["slowest_step"]] == max(others)

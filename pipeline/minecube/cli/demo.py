@@ -69,6 +69,7 @@ def demo(out: Path, epochs: int, seed: int) -> None:
     for file in (
         f"export/{TEST_SITE}/{TEST_SITE}_strip.png",
         "comparison.png",
+        f"export/{TEST_SITE}/{TEST_SITE}_areas.png",
         "export/areas.png",
         "export/collection.json",
     ):

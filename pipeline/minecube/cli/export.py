@@ -47,8 +47,9 @@ def export(sites: StoreSites, options: ExportOptions, out: Place) -> None:
     """Export cubes, footprints and maps to formats that other tools open.
 
     By default: one COG per year, footprints as GeoParquet and GeoPackage, a STAC collection, and
-    pictures. Footprints are simplified outlines: their areas are within 0.5 % of the pixels', and
-    a pit keeps its id through the years.
+    pictures. Each site has a picture of its years and one of its mine area. `areas.png` shows the
+    area of all sites, with a row per site. Footprints are simplified outlines: their areas are
+    within 0.5 % of the pixels', and a pit keeps its id through the years.
 
     \b
     Examples:
