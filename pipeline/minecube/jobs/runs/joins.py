@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import geopandas as gpd
 import pandas as pd
 
-from minecube import export
+from minecube import export, report
 from minecube.digests import sha256_of_json
 from minecube.errors import MinecubeError
 from minecube.jobs.audit import Audit, save_audit
@@ -73,6 +73,13 @@ def _join_tracks(inputs: Inputs, sites: Sequence[str]) -> None:
             table = _concat(pd.read_csv(_open(folder / "sites" / site / name)) for site in sites)
             with outgoing(folder / joined) as path:
                 export.write_table(table, path)
+            if joined == "areas.csv":
+                with outgoing(folder / "areas.png") as path:
+                    report.draw_area_overview(_split_by_site(table), path)
+
+
+def _split_by_site(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {str(site): rows for site, rows in table.groupby("site")}
 
 
 def _concat(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
