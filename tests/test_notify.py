@@ -59,7 +59,7 @@ def do_units(dataset, summary, *ends):
     with notifying(dataset, summary, lambda *end: shown.append(end)) as progress:
         for unit, result in ends:
             summary.results[unit] = result
-            progress(unit, result, len(summary.results), 2)
+            progress(unit, result, 2)
     return shown
 
 
@@ -107,7 +107,7 @@ def test_a_stall_is_told_once_until_a_unit_ends(tmp_path, world, hook):
         wait_for(1)
         time.sleep(0.3)  # three times as long as a stall
         assert len(hook.received) == 1
-        progress(BUILD, GOOD, 1, 2)
+        progress(BUILD, GOOD, 2)
         wait_for(2)
     events = [json.loads(content)["event"] for _, _, content in hook.received]
     assert events == ["stalled", "stalled", "finished"]

@@ -49,7 +49,7 @@ def scene(name, day=1, baseline="02.14", **changes):
             scene("a", baseline="05.00"),
             SceneChange("a", "reprocessed", "baseline 02.14 -> 05.00"),
         ),
-        (scene("a"), scene("b"), SceneChange("b", "reprocessed", "id a -> b")),
+        (scene("a"), scene("b", folder="y"), SceneChange("b", "reprocessed", "id a -> b")),
         (scene("a"), scene("a", offset=-1000), SceneChange("a", "changed", "offset 0 -> -1000")),
         (scene("a"), scene("a", source="b"), SceneChange("a", "changed", "source a -> b")),
         (scene("a"), scene("a", folder="y"), SceneChange("a", "changed", "files moved: 2 of 2")),

@@ -39,6 +39,7 @@ COMMANDS = {
     "plan": "Estimate the requests, bytes, memory, time and cost of a build.",
     "release": "Import, audit or re-create the published EuroMineNet archive.",
     "run": "Run all steps of a whole dataset, and resume them.",
+    "status": "Show the state of a dataset or a store.",
     "retry": "Try the failed parts of a run again.",
     "update": "Add years, sites and new scenes to a dataset.",
     "build": "Composite scenes into annual cubes.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from minecube.cli.bars import progress_bar
 from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
 from minecube.jobs.publish import publish_sites
 
@@ -28,7 +29,10 @@ def publish(sites: StoreSites, place: str, tag: str) -> None:
     Example:
       minecube publish --store cubes.zarr --icechunk releases --tag v1
     """
-    published = publish_sites(sites.store, sites.names(), str(sites.choice), place, tag)
+    with progress_bar("publishing objects") as bar:
+        published = publish_sites(
+            sites.store, sites.names(), str(sites.choice), place, tag, bar.reach
+        )
     if published.changes is None:
         click.echo(
             f"{place}: {tag} already holds these {published.site_years} site-years; "

@@ -116,11 +116,11 @@ def run(
 def report_to(bar: Bar) -> Progress:
     """Make the function that shows each unit that ends."""
 
-    def report(unit: Unit, result: Result, ended: int, total: int) -> None:
+    def report(unit: Unit, result: Result, total: int) -> None:
         note = str(unit)
         if not result.is_good:
             note += f" failed: {result.message}"
-        bar.reach(ended, total, note)
+        bar.advance(note, total)
 
     return report
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import click
 import pandas as pd
@@ -20,6 +19,7 @@ from minecube.jobs.runs.units import list_steps
 from minecube.jobs.runs.update import Changes, UpdateOptions, choose_store, find_changes
 from minecube.jobs.runs.update import update as update_dataset
 from minecube.jobs.tables import format_table
+from minecube.places import Place, outgoing
 
 _MOST_ROWS = 40
 
@@ -55,7 +55,7 @@ def update(
     dataset: Dataset,
     options: UpdateOptions,
     years: tuple[int, ...] | None,
-    changes: Path | None,
+    changes: Place | None,
     dry_run: bool,
     tag: str | None,
 ) -> None:
@@ -81,7 +81,8 @@ def update(
         found = find_changes(moved, options, save=not dry_run, note=bar.advance)
     _print_changes(found)
     if changes is not None:
-        _list_scenes(found).to_csv(changes, index=False)
+        with outgoing(changes) as path:
+            _list_scenes(found).to_csv(path, index=False)
     if dry_run:
         return
     with progress_bar("updating") as bar:

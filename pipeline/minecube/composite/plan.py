@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from minecube.composite.needs import (
 )
 from minecube.errors import CatalogError
 from minecube.grid import PIXEL_M, coarsen, iterate_blocks, pad
+from minecube.places import Place
 from minecube.reader import HEAD_BYTES, READ_THREADS
 
 _STORED: dict[int | str, float] = {10: 1.5, 20: 1.4, SCL: 0.06}
@@ -76,10 +76,10 @@ class Terms:
     per_core_hour: float | None = None
 
     @classmethod
-    def load(cls, path: Path) -> Terms:
+    def load(cls, path: Place) -> Terms:
         """Load terms from a YAML file; raise CatalogError for any other content."""
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(path.read_bytes().decode("utf-8"))
         except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise CatalogError(
                 f"{path}: cannot be read as prices: {describe_yaml_error(error)}"

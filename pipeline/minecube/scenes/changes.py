@@ -52,7 +52,7 @@ def _describe_differences(old: pystac.Item, new: pystac.Item) -> list[tuple[str,
         (name, f"{before} -> {after}") for name, before, after in values if before != after
     ]
     moved = [band for band in new.assets if _href(old, band) != _href(new, band)]
-    if moved:
+    if moved and old.id == new.id:
         differences.append(("files", f"moved: {len(moved)} of {len(new.assets)}"))
     return differences
 

@@ -40,7 +40,7 @@ def run(
     """Run all unfinished steps of a dataset. The failure of a unit stops no other site.
 
     Workers start with the first unfinished unit. `progress` is called with each unit that ends, its
-    result, and the numbers of ended and of all units of this run, the latter an upper bound.
+    result, and the number of all units of this run, an upper bound.
 
     Raises:
         CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
@@ -95,7 +95,7 @@ def check_store(inputs: Inputs, sites: Iterable[str]) -> None:
     for name in sites:
         site = inputs.sites[name]
         if site.geometry is not None:
-            cube.check_site(inputs.store, site, grid_of(site), (), inputs.job.recipe)
+            cube.check_site(inputs.store, site, grid_of(site), inputs.job.recipe)
 
 
 @dataclass
@@ -184,7 +184,7 @@ class _Driver:
             if result is None:
                 continue
             self._plan.summary.results[work.unit] = result
-            self._progress(work.unit, result, len(self._plan.summary.results), self._plan.count())
+            self._progress(work.unit, result, self._plan.count())
             work.chain.open -= 1
             if not work.chain.open:
                 self._ready.appendleft(work.chain)  # finish begun sites first

@@ -105,9 +105,9 @@ def notifying(dataset: Dataset, summary: Summary, progress: Progress) -> Iterato
         return
     notifier = Notifier(dataset, dataset.notify, summary)
 
-    def note_and_show(unit: Unit, result: Result, ended: int, total: int) -> None:
+    def note_and_show(unit: Unit, result: Result, total: int) -> None:
         notifier.note(result)
-        progress(unit, result, ended, total)
+        progress(unit, result, total)
 
     try:
         yield note_and_show

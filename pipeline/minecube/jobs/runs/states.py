@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
-from pathlib import Path
 
 from minecube import cube
 from minecube.catalog import Recipe, Site, Source, as_dict, format_years
@@ -16,6 +15,7 @@ from minecube.grid import grid_of
 from minecube.jobs.build import choose_scenes
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.scene_lists import load_or_search, path_of_list
+from minecube.places import Place, time_of_change
 from minecube.scenes import SearchResult, has_images
 
 
@@ -67,7 +67,9 @@ class StaleCheck:
             or _changed_after(list_path(self._inputs, commit.site, year), committed)
         ]
 
-    def _find(self, site: Site, year: int, sources: Sequence[Source], folder: Path) -> SearchResult:
+    def _find(
+        self, site: Site, year: int, sources: Sequence[Source], folder: Place
+    ) -> SearchResult:
         found = self._searched.get((site.id, year))
         return found or load_or_search(site, year, sources, folder)
 
@@ -92,13 +94,11 @@ def list_read_years(recipe: Recipe, years: Iterable[int]) -> list[int]:
     return sorted(filter(has_images, read))
 
 
-def list_path(inputs: Inputs, site: str, year: int) -> Path:
-    """Return the path of a site-year's scene list."""
+def list_path(inputs: Inputs, site: str, year: int) -> Place:
+    """Return the place of a site-year's scene list."""
     return path_of_list(inputs.sites[site], year, inputs.job.sources, inputs.job.snapshots)
 
 
-def _changed_after(path: Path, time: float) -> bool:
-    try:
-        return path.stat().st_mtime > time
-    except FileNotFoundError:
-        return False
+def _changed_after(place: Place, time: float) -> bool:
+    changed = time_of_change(place)
+    return changed is not None and changed > time

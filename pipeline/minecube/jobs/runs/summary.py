@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from minecube.jobs.runs.units import Shard, Unit
 from minecube.jobs.runs.worker import Result
 
-Progress = Callable[[Unit, Result, int, int], None]
-"""Called with a unit that ends, its result, and the numbers of ended and of all units."""
+Progress = Callable[[Unit, Result, int], None]
+"""Called with a unit that ends, its result, and the number of all units."""
 
 
 @dataclass(frozen=True, kw_only=True)

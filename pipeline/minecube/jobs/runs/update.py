@@ -26,6 +26,7 @@ from minecube.jobs.runs.states import StaleCheck, list_path, list_read_years
 from minecube.jobs.runs.summary import Progress, RunOptions, Summary
 from minecube.jobs.runs.units import Unit
 from minecube.jobs.scene_lists import load_or_search, save_list
+from minecube.places import time_of_change
 from minecube.scenes import SceneChange, SearchResult
 
 _SEARCHES = 4
@@ -122,10 +123,10 @@ def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool
 
 
 def _needs_search(inputs: Inputs, site: str, year: int, *, refresh: bool) -> bool:
-    path = list_path(inputs, site, year)
-    if refresh or not path.exists():
+    changed = time_of_change(list_path(inputs, site, year))
+    if refresh or changed is None:
         return True
-    saved = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC).date()
+    saved = datetime.fromtimestamp(changed, tz=UTC).date()
     complete = complete_day(inputs.job.recipe, year)
     return saved < complete <= datetime.now(tz=UTC).date()
 
