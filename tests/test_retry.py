@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from known_builds import run_here
 from known_runs import log_failure, log_start, make_dataset, write_dataset
 from minecube import cube
-from minecube.cube.events import EventLog
+from minecube.cube.events import EventLog, read_events
 from minecube.jobs.runs import RunOptions, run
 from minecube.jobs.runs.inputs import load_inputs, open_log
 from minecube.jobs.runs.retry import RetryOptions, list_failures, retry
@@ -61,6 +63,30 @@ def test_sites_and_times_choose(dataset):
         failures = list_failures(dataset, RetryOptions(failed_since=since))
         assert [failure.unit for failure in failures] == found
     assert list_failures(dataset, RetryOptions(sites="p*"))
+
+
+def test_a_unit_on_which_workers_died_lacked_memory(dataset):
+    """Each worker is killed at the start of its build."""
+    killed = []
+    ended = threading.Event()
+
+    def kill():
+        while not ended.wait(0.02):
+            events = read_events(cube.Store(dataset.store)).table
+            builds = events[(events["step"] == "build") & (events["event"] == "start")]
+            for worker in set(builds["worker"]).difference(killed):
+                os.kill(int(worker.split("-")[-2]), signal.SIGKILL)
+                killed.append(worker)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    done = run(dataset, RunOptions(only=("search", "build"), years=(2020,)))
+    ended.set()
+    killer.join()
+    assert [result.error_class for result in done.failures.values()] == ["memory"]
+    (failure,) = list_failures(dataset)
+    assert (failure.unit, failure.error_class) == (BUILD, "memory")
+    assert (failure.attempts, failure.memory_failures) == (3, 1)
 
 
 def test_a_retry_mends_and_lists_what_it_cannot(dataset, tmp_path, world):

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 
 import icechunk
+import pandas as pd
 import pytest
 import xarray as xr
 
@@ -60,7 +61,7 @@ def search_lists(dataset):
 
 def save_at(dataset, year, time):
     """Set the time when the list of a year was saved."""
-    stamp = time.replace(tzinfo=dt.UTC).timestamp()
+    stamp = time.timestamp()
     os.utime(list_path(load_inputs(dataset), "pit", year), (stamp, stamp))
 
 
@@ -79,31 +80,50 @@ def test_a_list_is_complete_after_the_season(recipe, day):
     assert complete_day(recipes[recipe], 2025) == day
 
 
+def save_thin_list(dataset):
+    """Save the list of 2020 as it would have been found in July 2020. Returns what it lacks."""
+    inputs = load_inputs(dataset)
+    path = list_path(inputs, "pit", 2020)
+    whole = snapshot.load(path)
+    july = dt.datetime(2020, 7, 1, tzinfo=dt.UTC)
+    early = tuple(scene for scene in whole.scenes if scene.datetime < july)
+    belongs = snapshot.hash_search(inputs.sites["pit"], 2020, inputs.job.sources)
+    snapshot.save(replace(whole, scenes=early), path, belongs)
+    save_at(dataset, 2020, july)
+    return {scene.id for scene in whole.scenes} - {scene.id for scene in early}
+
+
 def test_a_list_saved_too_early_is_searched_again(tmp_path, world):
-    """A list of July 2020 has the scenes until then. One of 2023 has all, and is not searched."""
     dataset = make_dataset(tmp_path, world)
     search_lists(dataset)
     assert not find_changes(dataset, UpdateOptions(), save=True).scenes
-    path = list_path(load_inputs(dataset), "pit", 2020)
-    whole = snapshot.load(path)
-    july = dt.datetime(2020, 7, 1, tzinfo=dt.UTC)
-    thin = replace(whole, scenes=tuple(s for s in whole.scenes if s.datetime < july))
-    inputs = load_inputs(dataset)
-    belongs = snapshot.hash_search(inputs.sites["pit"], 2020, inputs.job.sources)
-    snapshot.save(thin, path, belongs)
-
-    save_at(dataset, 2020, dt.datetime(2023, 1, 1))
-    assert not find_changes(dataset, UpdateOptions(), save=True).scenes
-    save_at(dataset, 2020, dt.datetime(2020, 7, 1))
+    late = save_thin_list(dataset)
     for save in (False, True):
         found = find_changes(dataset, UpdateOptions(), save=save)
-        (changes,) = found.scenes.values()
-        added = {scene.id for scene in whole.scenes} - {scene.id for scene in thin.scenes}
+        assert found.scenes.keys() == {("pit", 2020)}
+        changes = found.scenes["pit", 2020]
         assert {(change.scene, change.kind) for change in changes} == {
-            (scene, "added") for scene in added
+            (scene, "added") for scene in late
         }
-    assert snapshot.hash_scenes(snapshot.load(path).scenes) == snapshot.hash_scenes(whole.scenes)
     assert not find_changes(dataset, UpdateOptions(), save=True).scenes
+
+
+def test_a_list_saved_after_the_season_is_not_searched(tmp_path, world):
+    dataset = make_dataset(tmp_path, world)
+    search_lists(dataset)
+    save_thin_list(dataset)
+    save_at(dataset, 2020, dt.datetime(2020, 11, 4, tzinfo=dt.UTC))
+    assert not find_changes(dataset, UpdateOptions(), save=True).scenes
+
+
+def test_the_list_of_a_neighbour_year_is_searched_again(tmp_path, world):
+    """2021 has no scene of its own. `summer-bap` also reads those of 2020 and 2022."""
+    search_lists(make_dataset(tmp_path, world))
+    save_thin_list(make_dataset(tmp_path, world))
+    dataset = make_dataset(tmp_path, world, years=2021, recipe="summer-bap")
+    found = find_changes(dataset, UpdateOptions(), save=False)
+    assert found.scenes.keys() == {("pit", 2020)}
+    assert found.reasons == {("pit", 2021): "new"}
 
 
 def test_a_silent_source_keeps_the_list(growing):
@@ -116,19 +136,26 @@ def test_a_silent_source_keeps_the_list(growing):
     assert files_of(growing / "scenes") == before
 
 
-def test_an_update_adds_a_year_and_builds_reprocessed_scenes_again(growing, world):
+def test_an_update_adds_a_year_and_builds_reprocessed_scenes_again(
+    growing, world, tmp_path_factory
+):
     """Only 2020 has reprocessed scenes. 2022 is new."""
     path = write_dataset(growing, growing, years=2020, publish="releases")
     dataset = make_dataset(growing, growing, years=2020, publish="releases")
     assert run(dataset, RunOptions(only=("search", "build"))).exit_code == 0
     store = cube.Store(dataset.store)
     old = cube.open_committed(store, "pit").sel(year=[2020]).load()
+    old_list = snapshot.load(list_path(load_inputs(dataset), "pit", 2020)).scenes
     old_scenes = {s["id"]: s for s in cube.read_markers(store, "pit")[2020]["scenes"]}
     reprocess(growing, world)
 
     before = files_of(growing)
-    out, err = run_here("update", path, "--year", "2022", "--refresh", "--dry-run")
+    table = tmp_path_factory.mktemp("table") / "changes.csv"
+    what = ("--year", "2022", "--refresh", "--dry-run", "--changes", table)
+    out, err = run_here("update", path, *what)
     assert files_of(growing) == before
+    assert set(pd.read_csv(table)["change"]) == {"reprocessed"}
+    assert len(pd.read_csv(table)) == len(old_list)
     assert "write `years: 2020,2022` into its file" in err
     assert re.search(
         r"pit +2020 +S2A_33UUR_20200928_1_L2A +reprocessed +baseline 02.14 -> 05.00", out

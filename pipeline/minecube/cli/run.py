@@ -156,7 +156,8 @@ def print_summary(summary: Summary, steps: list[str]) -> None:
         unit, reason = next(iter(summary.stale.items()))
         click.echo(
             f"{len(summary.stale)} site-years are stale and were left as they are (first "
-            f"{unit.site} {unit.year}: {reason}); `minecube update` builds them again",
+            f"{unit.site} {unit.year}: {reason}); `minecube update` builds them again, with --rebuild also those of other "
+            "versions of minecube",
             err=True,
         )
     if sum(summary.waiting.values()):

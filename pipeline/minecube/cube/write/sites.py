@@ -62,7 +62,8 @@ def _check_recipe(store: Store, site: Site, stored: Mapping[str, Any], recipe: R
     if changed:
         raise CubeError(
             f"{store}: {site.id} was made with recipe {stored['id']!r}, which differs from "
-            f"{recipe.id!r} in {', '.join(changed)}; use the same recipe, or another --store"
+            f"{recipe.id!r} in {', '.join(changed)}; use the same recipe, or another "
+            "store; `minecube update` makes one next to it"
         )
 
 

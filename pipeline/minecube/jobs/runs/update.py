@@ -17,7 +17,7 @@ from minecube.catalog import Dataset, Recipe, as_dict
 from minecube.cube.provenance import untitled
 from minecube.cube.read.summaries import list_commits
 from minecube.digests import sha256_of_json
-from minecube.errors import SceneError
+from minecube.errors import MinecubeError, SceneError
 from minecube.jobs.audit import LISTING_LAG
 from minecube.jobs.runs.driver import make_plan, run
 from minecube.jobs.runs.inputs import Inputs, load_inputs
@@ -110,7 +110,7 @@ def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool
             listed = _search_again(inputs, site, year, found)
         except scenes.NoScenesError:
             continue  # an empty year is no list; a saved list stays
-        except SceneError as error:
+        except MinecubeError as error:  # the run has it again, and logs it
             found.unanswered[site, year] = str(error)
             continue
         searched[site, year] = listed
