@@ -1,4 +1,4 @@
-"""Load the catalogue's YAML files: sources, recipes, models, presets and releases."""
+"""Load the catalogue's YAML files: sources, recipes, models, presets, releases and clusters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from minecube.catalog.cluster import Cluster
 from minecube.catalog.conversion import build
 from minecube.catalog.fields import FieldError
 from minecube.catalog.model import ModelCard
@@ -20,7 +21,7 @@ from minecube.catalog.training import TrainingSettings
 from minecube.errors import CatalogError
 
 T = TypeVar("T")
-Entry = TypeVar("Entry", ModelCard, Recipe, Release, Source, TrainingSettings)
+Entry = TypeVar("Entry", Cluster, ModelCard, Recipe, Release, Source, TrainingSettings)
 
 _MOST_NAMES = 8
 """Most names listed in an error."""
@@ -90,6 +91,11 @@ def load_presets(path: Path | None = None) -> dict[str, TrainingSettings]:
     Raises CatalogError as `load_sites` does.
     """
     return _load_entries(TrainingSettings, path or catalog_folder() / "presets.yaml")
+
+
+def load_clusters(path: Path | None = None) -> dict[str, Cluster]:
+    """Load a `clusters.yaml`, by id. Raises CatalogError as `load_sites` does."""
+    return _load_entries(Cluster, path or catalog_folder() / "clusters.yaml")
 
 
 def _absolute(href: str, folder: Path) -> str:
