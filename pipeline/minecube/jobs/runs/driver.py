@@ -53,7 +53,7 @@ def run(
     plan = make_plan(dataset, options)
     driver = _Driver(plan, progress)
     with ExitStack() as stack:
-        driver.work(lambda: stack.enter_context(open_engine(dataset)))
+        driver.work(lambda: stack.enter_context(open_engine(dataset, plan.steps)))
     if options.shard is None:
         plan.summary.unjoined = join_results(plan.inputs, plan.steps)
     plan.summary.seconds = time.monotonic() - start
