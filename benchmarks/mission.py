@@ -276,7 +276,7 @@ def list_steps(out: Path, count: int, years: Sequence[int]) -> dict[str, list[st
         "verify, packed": f"verify --store {out}/cubes.zip",
         "publish": f"{publish} --tag v1",
         "publish again": f"{publish} --tag v2",
-        "publish, compare": f"{publish} --diff v1 v2",
+        "publish, compare": f"versions {out}/icechunk --compare v1 v2",
         "release export": f"release export {store} --out {out}/release",
         "release import": f"release import {out}/release.zip --out {out}/imported",
         "release audit": f"release audit {out}/imported",

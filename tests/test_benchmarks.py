@@ -81,3 +81,12 @@ def test_mission(tmp_path: Path) -> None:
     others = [s for name, s in found["seconds"].items() if name not in pixel_steps]
     assert found["slowest_step_s"] == max(others)
     assert found["seconds"][found["slowest_step"]] == max(others)
+
+
+def test_no_read_is_mixed(tmp_path: Path) -> None:
+    """The short form: some updates pass while a reader polls."""
+    found = figures(tmp_path, "mixed_reads.py", "--reads", "60")
+    assert found["mixed_reads"] == 0
+    assert found["store"] == found["main"] == found["tag"] == 20
+    assert found["refused_reads"] <= 20
+    assert found["versions"] > 1

@@ -8,12 +8,13 @@ import inspect
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from minecube import cube
-from minecube.catalog import LARGEST_MARGIN_M, MARGIN_M, Site
+from minecube.catalog import LARGEST_MARGIN_M, MARGIN_M, Dataset, Site, load_dataset
 from minecube.cli.parameters import SEED, FiniteRange, InFolder, Years
 from minecube.jobs.selection import SiteChoice, choose_sites, stored_sites
 from minecube.places import Place
@@ -150,6 +151,16 @@ def add_layer(ctx: click.Context, _param: click.Parameter, text: str | None) -> 
     return SiteChoice(text, ctx.meta.get(_LAYER))
 
 
+def parse_dataset(
+    _ctx: click.Context, _param: click.Parameter, path: Path | None
+) -> Dataset | None:
+    """Load the argument DATASET."""
+    return None if path is None else load_dataset(path)
+
+
+dataset_argument = click.argument(
+    "dataset", type=click.Path(dir_okay=False, path_type=Path), callback=parse_dataset
+)
 store_option = click.option(
     "--store",
     required=True,

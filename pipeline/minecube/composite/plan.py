@@ -56,7 +56,8 @@ _OFFSET_BANDS = 4
 _REGISTRATION_BANDS = 2
 """Reads per scene, SCL included, to check its position (`composite.registration`)."""
 _CHECKED_PX = 200  # side of the window read by checks
-_BASE_BYTES = 100_000_000  # buffers of the reading threads
+BASE_BYTES = 100_000_000
+"""Memory for the buffers of the reading threads, in `Estimate.block_bytes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +200,7 @@ def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Est
             continue
         sums += _count_block(listed, box, recipe, opened)
         memory = min(estimate_memory(listed, box, recipe), BLOCK_BYTES)
-        block_bytes = max(block_bytes, memory + _BASE_BYTES)
+        block_bytes = max(block_bytes, memory + BASE_BYTES)
     checks = _count_checks(scenes, grid, recipe)
     sums[1:] += checks[1:]
     reads, requests, read_bytes, pixels = sums.tolist()

@@ -74,9 +74,7 @@ def _is_url(place: str) -> bool:
 
 
 def _missing_repository(place: str) -> CubeError:
-    return CubeError(
-        f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one"
-    )
+    return CubeError(f"{place}: there is no Icechunk repository; `minecube publish` makes one")
 
 
 def _open_storage(place: str) -> icechunk.Storage:
@@ -130,11 +128,7 @@ def publish_release(
         CubeError: the tag is invalid, has another state or was deleted; another process publishes
             to the folder; or reading or writing fails. The branch `main` then stays unchanged.
     """
-    if not _TAG.fullmatch(tag):
-        raise CubeError(
-            f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; "
-            "choose another name"
-        )
+    check_tag(tag)
     with _lock(place, create=True), _convert_errors(place):
         repository = open_repository(place, create=True)
         release = _plan_release(source, years, attributes)
@@ -162,6 +156,15 @@ def publish_release(
                 ) from error
             raise
     return changed
+
+
+def check_tag(tag: str) -> None:
+    """Raise CubeError for a name that is no tag."""
+    if not _TAG.fullmatch(tag):
+        raise CubeError(
+            f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; "
+            "choose another name"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +264,22 @@ async def _mirror(
     for chunks in _cut_batches(set(release.keys).difference(metadata)):
         copied += await asyncio.gather(*map(copy, chunks))
         progress(len(copied), len(release.keys))
+    await _need_unchanged(target, release, metadata)
     return sum(copied), len(superfluous)
+
+
+async def _need_unchanged(target: Any, release: _Release, metadata: Sequence[str]) -> None:
+    """Raise CubeError if a site-year, labels or a map were written while they were copied.
+
+    Each write changes metadata: the marker of a year, or the checksum of labels and maps.
+    """
+    for key in metadata:
+        copied = await target.get(key, default_buffer_prototype())
+        if not _are_same(copied.to_bytes(), await release.read(key), key):
+            raise CubeError(
+                f"{key}: was written while it was published; publish again when nothing is "
+                "being built"
+            )
 
 
 async def _holds(target: Any, release: _Release) -> bool:
@@ -298,18 +316,22 @@ def _are_same(old: bytes, new: bytes, key: str) -> bool:
     return old == new or (key.endswith(_ROOT) and json.loads(old) == json.loads(new))
 
 
-def list_releases(place: str) -> list[tuple[str, str, str]]:
-    """List name, time (UTC, ISO 8601) and snapshot of every tag, oldest first.
+def list_releases(place: str) -> list[tuple[str, str, str, str]]:
+    """List name, time (UTC, ISO 8601), snapshot and branch of every tag, oldest first.
+
+    The branch is "main" if main is at the tag, else empty.
 
     Raises:
         CubeError: as `open_repository`.
     """
     repository = open_repository(place)
     with _convert_errors(place):
+        current = repository.lookup_branch("main")
         rows = []
         for tag in repository.list_tags():
             newest = next(iter(repository.ancestry(tag=tag)))
-            rows.append((tag, newest.written_at.isoformat(timespec="seconds"), newest.id))
+            branch = "main" if newest.id == current else ""
+            rows.append((tag, newest.written_at.isoformat(timespec="seconds"), newest.id, branch))
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 

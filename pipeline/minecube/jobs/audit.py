@@ -22,8 +22,8 @@ from minecube.scenes import coverage
 
 _SEARCHES = 4
 """Simultaneous searches. Their number depends on the API's latency, not on the cores."""
-_LAG = timedelta(days=2)
-"""Time until a pass counts as missing. Products are made and listed within about a day."""
+LISTING_LAG = timedelta(days=2)
+"""Time until a pass counts as missing, and a list as complete. Products are made and listed within about a day."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def judge_lists(
 
 
 def _last_listed_day() -> date:
-    return datetime.now(tz=UTC).date() - _LAG
+    return datetime.now(tz=UTC).date() - LISTING_LAG
 
 
 def save_audit(audit: Audit, folder: Path) -> None:

@@ -333,7 +333,7 @@ def _composite_year(
         ledger,
         year=task.year,
         geomedian=job.geomedian,
-        block_bytes=min(BLOCK_BYTES, int(job.block_fraction * planned.block_bytes)),
+        block_bytes=_limit_block(planned, job.block_fraction),
     )
     is_new = cube.write_year(
         job.store,
@@ -353,6 +353,16 @@ def _composite_year(
         reads=ledger.totals(),
         looks=looks.totals(),
     )
+
+
+def _limit_block(planned: plan.Estimate, fraction: float) -> int:
+    """Return the most memory of a block in bytes: this share of the largest planned block.
+
+    Buffers for reading do not count. They do not depend on the size of a block.
+    """
+    if fraction == 1:
+        return BLOCK_BYTES
+    return int(fraction * (planned.block_bytes - plan.BASE_BYTES))
 
 
 def _check_scenes(

@@ -114,9 +114,16 @@ def search_and_save(
     Raises SceneError if the search had no usable scene, or no answer.
     """
     listed = scenes.search(site, year, *sources)
+    save_list(listed, site, year, sources, folder)
+    return listed
+
+
+def save_list(
+    listed: scenes.SearchResult, site: Site, year: int, sources: Sequence[Source], folder: Place
+) -> None:
+    """Save the result of a search in place of an older list. Raises CubeError if it fails."""
     with outgoing(path_of_list(site, year, sources, folder)) as path:
         snapshot.save(listed, path, snapshot.hash_search(site, year, sources))
-    return listed
 
 
 def cache_lists(find: FindScenes) -> FindScenes:

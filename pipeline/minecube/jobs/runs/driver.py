@@ -15,13 +15,14 @@ from minecube.errors import CatalogError
 from minecube.grid import grid_of
 from minecube.jobs.failures import classify, describe_failure
 from minecube.jobs.runs.engines import Engine, open_engine
-from minecube.jobs.runs.inputs import Inputs, check_inputs, load_inputs
+from minecube.jobs.runs.inputs import Inputs, check_inputs, load_inputs, open_log
 from minecube.jobs.runs.joins import join_results
+from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.plan import Barrier, Plan
 from minecube.jobs.runs.steps import Limits
-from minecube.jobs.runs.summary import RunOptions, Summary
+from minecube.jobs.runs.summary import Progress, RunOptions, Summary
 from minecube.jobs.runs.units import Unit, list_steps
-from minecube.jobs.runs.worker import Result
+from minecube.jobs.runs.worker import Result, log_end
 from minecube.jobs.selection import match_names
 
 _POLL_S = 1.0
@@ -29,9 +30,6 @@ _BUSY_S = 2.0
 """Seconds until a unit is tried again on which another run works."""
 _MOST_DEATHS = 3
 """Deaths of workers after which their unit has failed."""
-
-
-Progress = Callable[[Unit, Result, int], None]
 
 
 def run(
@@ -51,11 +49,12 @@ def run(
     options = options or RunOptions()
     start = time.monotonic()
     plan = make_plan(dataset, options)
-    driver = _Driver(plan, progress)
-    with ExitStack() as stack:
-        driver.work(lambda: stack.enter_context(open_engine(dataset, plan.steps)))
-    if options.shard is None:
-        plan.summary.unjoined = join_results(plan.inputs, plan.steps)
+    with notifying(dataset, plan.summary, progress) as note:
+        driver = _Driver(plan, note)
+        with ExitStack() as stack:
+            driver.work(lambda: stack.enter_context(open_engine(dataset, plan.steps)))
+        if options.shard is None:
+            plan.summary.unjoined = join_results(plan.inputs, plan.steps)
     plan.summary.seconds = time.monotonic() - start
     return plan.summary
 
@@ -204,14 +203,21 @@ class _Driver:
             if work.deaths < _MOST_DEATHS:
                 self._again.append(work)
                 return None
-            return Result(
-                state="failed",
-                error_class="memory",
-                message=f"workers died on it {work.deaths} times, most often for lack of memory; "
-                "give each worker more memory",
-            )
+            return self._fail_dead(work)
         if result.state == "busy":
             work.not_before = time.monotonic() + _BUSY_S
             self._again.append(work)
             return None
+        return result
+
+    def _fail_dead(self, work: _Work) -> Result:
+        """Log that a unit has failed, in place of its dead workers."""
+        result = Result(
+            state="failed",
+            error_class="memory",
+            message=f"workers died on it {work.deaths} times, most often for lack of memory; "
+            "give each worker more memory",
+        )
+        attempt = self._plan.history.count_attempts(work.unit) + work.deaths
+        log_end(open_log(self._plan.inputs.store), work.unit, attempt, result)
         return result
