@@ -22,6 +22,7 @@ from minecube.catalog import load_presets
 from minecube.cli import cli
 from minecube.jobs import bench as job
 from minecube.jobs.score_tables import ScoreTables
+from minecube.places import Url
 
 YEARS = (2019, 2020, 2021)
 CARDS = """
@@ -272,3 +273,16 @@ def test_of_a_single_year_there_is_no_change_to_score(world, out, tmp_path, monk
     change = rows(tmp_path / "change.md")["mini"]
     assert (change["change_f1"], change["F1, gap 1"]) == ("n/a", "")
     assert rows(tmp_path / "mapping.md")["mini"]["flips"] == "n/a"
+
+
+def test_in_an_object_store(world, out, bucket):
+    """The same tables as on disk. A second run trains nothing."""
+    place = Url(f"{bucket}/bench")
+    printed = bench(world, place)
+    assert "s3://mines/bench/scores/counts.json" in printed
+    for name in ("bench.json", "change.tex", "scores/counts.json", "scores/iou_by_year.png"):
+        assert (place / name).read_bytes() == (out / name).read_bytes()
+    head = place.client().head("bench/models/mini.pt")
+    assert not (place / "models" / "mini.pt.ckpt").exists()
+    assert bench(world, place) == printed
+    assert place.client().head("bench/models/mini.pt") == head

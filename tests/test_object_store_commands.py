@@ -79,6 +79,7 @@ def write_files(world, inputs, store, out):
     run_here("polygons", f"{inputs}/polygons.parquet", *sites, *repaired)
 
 
+@pytest.mark.slow
 def test_outputs_are_the_same_on_disk_and_in_an_object_store(
     world, inputs, bucket, tmp_path, one_thread
 ):

@@ -38,7 +38,7 @@ _ZARR = ".zarr"
 """Suffix of a folder that is replaced as a whole."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Url:
     """The URL of a file or folder in an object store, with a part of the interface of `Path`.
 

@@ -1,10 +1,10 @@
-"""Read sites, sources, recipes, models and presets from data files into frozen values.
+"""Read sites, sources, recipes, models, presets and clusters from data files into frozen values.
 
 Unknown keys are errors.
 
 The shipped catalogue is `catalog/` of the checkout, or `_catalog` inside the wheel. Users extend it
 by a folder with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models.yaml`,
-`presets.yaml`. `catalog/README.md` describes every field.
+`presets.yaml`, `clusters.yaml`. `catalog/README.md` describes every field.
 
     site.py          One mine.
     scene_source.py  A STAC API or a file of items.
@@ -12,6 +12,7 @@ by a folder with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models
     model.py         A network, before and after training.
     training.py      How a network is trained.
     releases.py      A published dataset.
+    cluster.py       Where a dataset runs.
     dataset.py       A whole dataset to run.
     years.py         Reads years from text.
     mission.py       Bands of Sentinel-2.
@@ -21,11 +22,13 @@ by a folder with any of `sites.geojson`, `sources.yaml`, `recipes.yaml`, `models
     conversion.py    Converts plain values to these types and back.
 """
 
+from minecube.catalog.cluster import Cluster
 from minecube.catalog.conversion import as_dict, rebuild_model_card, rebuild_recipe
 from minecube.catalog.dataset import Dataset, load_dataset
 from minecube.catalog.fields import make_id, match_ids
 from minecube.catalog.loaders import (
     describe_yaml_error,
+    load_clusters,
     load_models,
     load_presets,
     load_recipes,
@@ -67,6 +70,7 @@ __all__ = [
     "Access",
     "BestPixel",
     "BrightOverride",
+    "Cluster",
     "Dataset",
     "HazeTest",
     "MaskRule",
@@ -82,6 +86,7 @@ __all__ = [
     "as_dict",
     "describe_yaml_error",
     "format_years",
+    "load_clusters",
     "load_dataset",
     "load_models",
     "load_presets",

@@ -198,8 +198,6 @@ class Dataset:
         fits = self.on_offset_conflict in _POLICIES
         check_field(fits, self, "on_offset_conflict", f"one of {', '.join(_POLICIES)}")
         check_field(self.workers is None or self.workers >= 1, self, "workers", "1 or more")
-        fits = self.workers is None or self.engine == "local"
-        need(fits, "workers", f"no number with engine {self.engine!r}, which has its own workers")
         names = [model.name for model in self.models]
         need(len(set(names)) == len(names), "models", f"names that differ, found {names}")
         self._check_uses(names)

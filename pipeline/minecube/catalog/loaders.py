@@ -1,4 +1,4 @@
-"""Load the catalogue's YAML files: sources, recipes, models, presets and releases."""
+"""Load the catalogue's YAML files: sources, recipes, models, presets, releases and clusters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from minecube.catalog.cluster import Cluster
 from minecube.catalog.conversion import build
 from minecube.catalog.fields import FieldError
 from minecube.catalog.model import ModelCard
@@ -21,7 +22,7 @@ from minecube.errors import CatalogError
 from minecube.places import Place, Url, place_of
 
 T = TypeVar("T")
-Entry = TypeVar("Entry", ModelCard, Recipe, Release, Source, TrainingSettings)
+Entry = TypeVar("Entry", Cluster, ModelCard, Recipe, Release, Source, TrainingSettings)
 
 _MOST_NAMES = 8
 """Most names listed in an error."""
@@ -91,6 +92,11 @@ def load_presets(path: Place | None = None) -> dict[str, TrainingSettings]:
     Raises CatalogError as `load_sites` does.
     """
     return _load_entries(TrainingSettings, path or catalog_folder() / "presets.yaml")
+
+
+def load_clusters(path: Place | None = None) -> dict[str, Cluster]:
+    """Load a `clusters.yaml`, by id. Raises CatalogError as `load_sites` does."""
+    return _load_entries(Cluster, path or catalog_folder() / "clusters.yaml")
 
 
 def _absolute(href: str, folder: Place) -> str:

@@ -6,6 +6,8 @@ import click
 
 EXTRAS = {
     "torch": ("PyTorch", "torch"),
+    "distributed": ("Dask", "cluster"),
+    "dask_jobqueue": ("dask-jobqueue", "cluster"),
     "icechunk": ("Icechunk", "publish"),
     "segmentation_models_pytorch": ("segmentation-models-pytorch", "models"),
     "timm": ("timm", "models"),

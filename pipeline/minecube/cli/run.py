@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def _parse_shard(_ctx: click.Context, _param: click.Parameter, text: str | None)
 )
 @click.option(
     "--engine",
-    help="Where to run instead of the dataset's engine: local, or the address of a Dask scheduler.",
+    help="Where to run instead of the dataset's engine: local, another name of "
+    "catalog/clusters.yaml, or the address of a Dask scheduler such as tcp://host:8786.",
 )
 @click.option(
     "--dry-run", is_flag=True, help="Print how many units each step would run. Writes nothing."
@@ -107,6 +109,7 @@ def run(
         rows = [(step, *counts) for step, counts in plan.preview().items()]
         click.echo(format_table(("step", "unfinished", "finished"), rows))
         return
+    logging.getLogger("minecube.jobs.runs").setLevel(logging.INFO)  # the dashboard's address
     with progress_bar("running") as bar:
         summary = run_dataset(dataset, options, report_to(bar))
     print_summary(summary, list_steps(dataset, options.only))

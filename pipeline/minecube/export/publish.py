@@ -35,6 +35,7 @@ from zarr.core.sync import sync
 
 from minecube.errors import CubeError
 from minecube.export.year_order import Years, encode_years
+from minecube.places import check_url
 
 _ROOT = "zarr.json"
 _BATCH = 16  # objects in flight: hides an object store's latency and still fits in memory
@@ -87,6 +88,7 @@ def _open_storage(place: str) -> icechunk.Storage:
             f"{place}: expected a folder or s3://bucket/prefix, found {scheme}://; "
             "name another place"
         )
+    check_url(place)
     bucket, _, prefix = address.partition("/")
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from minecube.catalog import (
+    Cluster,
     ModelCard,
     Recipe,
     Source,
     TrainingSettings,
+    load_clusters,
     load_models,
     load_presets,
     load_recipes,
@@ -35,6 +37,11 @@ def load_all_models(folder: Place | None) -> dict[str, ModelCard]:
 def load_all_presets(folder: Place | None) -> dict[str, TrainingSettings]:
     """Load the shipped training settings and the training settings of a folder."""
     return _load_both(load_presets, folder, "preset")
+
+
+def load_all_clusters(folder: Place | None) -> dict[str, Cluster]:
+    """Load the shipped clusters and the clusters of a folder."""
+    return _load_both(load_clusters, folder, "cluster")
 
 
 def choose_sources(ids: str, folder: Place | None) -> tuple[Source, ...]:

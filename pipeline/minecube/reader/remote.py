@@ -29,7 +29,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
@@ -60,6 +60,7 @@ __all__ = [
     "access_to",
     "interruption",
     "length_of",
+    "limit_connections",
     "parse_retry_after",
     "remote_for",
 ]
@@ -324,11 +325,23 @@ def _give_up_in_the_end(trouble: TroubleError, lasted_s: float, tries: int) -> N
 
 _REMOTES: dict[tuple[Access, str], Remote] = {}
 _REMOTES_LOCK = threading.Lock()  # two of one access would double its connections
+_most_connections: int | None = None
+
+
+def limit_connections(most: int | None) -> None:
+    """Limit the requests for pixels of this process at a time; None: `Access.connections` alone.
+
+    Workers of one run divide a common limit. It applies to files opened from now on.
+    """
+    global _most_connections
+    _most_connections = most
 
 
 def remote_for(access: Access, origin: str = "") -> Remote:
     """Return the process's `Remote` for one access and one origin of hrefs
     (`network.origin_of`)."""
+    if _most_connections is not None and _most_connections < access.connections:
+        access = replace(access, connections=_most_connections)
     with _REMOTES_LOCK:
         if (access, origin) not in _REMOTES:
             _REMOTES[access, origin] = Remote(access, origin)

@@ -52,7 +52,7 @@ def run(
     with notifying(dataset, plan.summary, progress) as note:
         driver = _Driver(plan, note)
         with ExitStack() as stack:
-            driver.work(lambda: stack.enter_context(open_engine(dataset)))
+            driver.work(lambda: stack.enter_context(open_engine(dataset, plan.steps)))
         if options.shard is None:
             plan.summary.unjoined = join_results(plan.inputs, plan.steps)
     plan.summary.seconds = time.monotonic() - start

@@ -1,27 +1,26 @@
-"""Where the units of a run are worked on: processes of this machine, or a Dask cluster."""
+"""Where the units of a run are worked on: processes of this machine, or a cluster."""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
+import resource
 import signal
+import tempfile
 import threading
-from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
-from typing import Any, Protocol
+from typing import Protocol
 
-from minecube.catalog import Dataset
+from minecube.catalog import Cluster, Dataset
+from minecube.jobs.runs.inputs import choose_cluster
 from minecube.jobs.runs.steps import Limits
 from minecube.jobs.runs.units import Unit
 from minecube.jobs.runs.worker import Result, run_unit
-from minecube.jobs.workers import connect_workers
-
-log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -33,7 +32,10 @@ class Engine(Protocol):
     """Threads of each worker for blocks of a composite."""
 
     def submit(self, unit: Unit, limits: Limits, attempt: int) -> Future[Result]:
-        """Hand a unit to a worker."""
+        """Hand a unit to a worker.
+
+        Raises WorkerError if no worker can be reached any more.
+        """
 
     def is_death(self, error: BaseException) -> bool:
         """Whether a future ended because its worker died, not because of the unit."""
@@ -50,10 +52,25 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _start_worker() -> None:
+def share_requests(limits: Limits, cluster: Cluster, workers: int) -> Limits:
+    """Give a worker its part of the requests that all workers may make together."""
+    connections = cluster.connections
+    if connections is not None:
+        connections = max(connections // workers, 1)
+    return replace(limits, workers=workers, connections=connections)
+
+
+def _start_worker(memory_gb: float | None, temporary: str | None) -> None:
     """Prepare a worker process: it leaves Ctrl-C to its parent, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+    if memory_gb is not None:
+        most_bytes = int(memory_gb * 1e9)
+        # Memory beyond it is a MemoryError of the unit, instead of a process killed by the system.
+        resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
+    if temporary is not None:
+        os.environ["TMPDIR"] = temporary
+        tempfile.tempdir = None  # looks up TMPDIR again
 
 
 def _end_with_parent() -> None:
@@ -68,12 +85,14 @@ class Local:
     """Processes on this machine. A dead process is replaced, and its units start again."""
 
     dataset: Dataset
-    workers: int
+    cluster: Cluster
+    workers: int = field(init=False)
     threads: int = field(init=False)
     _pool: ProcessPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.threads = max(count_cores() // self.workers, 1)
+        self.workers = self.dataset.workers or self.cluster.workers or count_cores()
+        self.threads = self.cluster.threads or max(count_cores() // self.workers, 1)
         self._pool = self._make_pool()
 
     def _make_pool(self) -> ProcessPoolExecutor:
@@ -81,10 +100,16 @@ class Local:
         # so its forks are safe.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        return ProcessPoolExecutor(self.workers, mp_context=context, initializer=_start_worker)
+        return ProcessPoolExecutor(
+            self.workers,
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(self.cluster.memory_gb, self.cluster.temporary),
+        )
 
     def submit(self, unit: Unit, limits: Limits, attempt: int) -> Future[Result]:
         """Hand a unit to a process."""
+        limits = share_requests(limits, self.cluster, self.workers)
         try:
             return self._pool.submit(run_unit, self.dataset, unit, limits, attempt)
         except BrokenProcessPool:  # a process died while none of its units was awaited
@@ -108,42 +133,19 @@ class Local:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-@dataclass
-class Cluster:
-    """A Dask cluster. Each task is one unit."""
-
-    dataset: Dataset
-    client: Any
-    workers: int
-    threads: int = 1
-
-    def submit(self, unit: Unit, limits: Limits, attempt: int) -> Future[Result]:
-        """Hand a unit to the scheduler."""
-        future: Future[Result] = self.client.submit(run_unit, self.dataset, unit, limits, attempt)
-        return future
-
-    def is_death(self, error: BaseException) -> bool:
-        """Whether the worker died, or the scheduler lost the task."""
-        names = {kind.__name__ for kind in type(error).__mro__}
-        return isinstance(error, CancelledError) or "KilledWorker" in names
-
-    def close(self) -> None:
-        """Leave the workers to the cluster."""
-        self.client.shutdown(wait=True)
-
-    def stop(self) -> None:
-        """Drop waiting tasks. Those in work end on their own."""
-        self.client.shutdown(wait=False, cancel_futures=True)
-
-
 @contextmanager
-def open_engine(dataset: Dataset) -> Iterator[Engine]:
+def open_engine(dataset: Dataset, steps: Sequence[str]) -> Iterator[Engine]:
     """Start the workers of the dataset's engine, and stop them at the end.
 
+    Args:
+        dataset: the dataset to work on.
+        steps: steps that the workers will get.
+
     Raises:
-        CatalogError: the engine is unknown, or its scheduler does not answer.
+        CatalogError: the engine is unknown, its scheduler does not answer, no worker comes, or no
+            worker has the resources of a step.
     """
-    with _start(dataset) as engine:
+    with _start(dataset, choose_cluster(dataset), steps) as engine:
         try:
             yield engine
         except BaseException:
@@ -153,9 +155,11 @@ def open_engine(dataset: Dataset) -> Iterator[Engine]:
 
 
 @contextmanager
-def _start(dataset: Dataset) -> Iterator[Engine]:
-    if dataset.engine == "local":
-        yield Local(dataset, dataset.workers or count_cores())
+def _start(dataset: Dataset, cluster: Cluster, steps: Sequence[str]) -> Iterator[Engine]:
+    if cluster.kind == "local":
+        yield Local(dataset, cluster)
         return
-    with connect_workers(dataset.engine) as client:
-        yield Cluster(dataset, client, workers=8)
+    from minecube.jobs.runs.dask_workers import connect  # needs the extra `cluster`
+
+    with connect(dataset, cluster, steps) as engine:
+        yield engine

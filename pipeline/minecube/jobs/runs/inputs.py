@@ -11,12 +11,18 @@ from typing import Any
 import geopandas as gpd
 
 from minecube import cube, labels
-from minecube.catalog import Dataset, Site, as_dict, pick
+from minecube.catalog import Cluster, Dataset, Site, as_dict, pick
 from minecube.catalog.dataset import LabelInput
+from minecube.catalog.fields import FieldError
 from minecube.cube.events import EventLog
 from minecube.errors import CatalogError
 from minecube.jobs.build import BuildJob
-from minecube.jobs.catalogs import choose_sources, load_all_models, load_all_recipes
+from minecube.jobs.catalogs import (
+    choose_sources,
+    load_all_clusters,
+    load_all_models,
+    load_all_recipes,
+)
 from minecube.jobs.scene_lists import default_folder
 from minecube.jobs.selection import SiteChoice, choose_sites
 from minecube.places import Place, place_of
@@ -74,12 +80,35 @@ def load_inputs(dataset: Dataset) -> Inputs:
     return Inputs(dataset, {site.id: site for site in sites}, job)
 
 
+def choose_cluster(dataset: Dataset) -> Cluster:
+    """Return the cluster that the dataset's engine names, by its name or its address.
+
+    Raises CatalogError for an unknown name.
+    """
+    if "://" in dataset.engine:
+        title = "A running Dask scheduler"
+        try:
+            return Cluster(
+                id="dask", title=title, kind="dask", address=dataset.engine, wait_minutes=1
+            )
+        except FieldError as error:
+            raise CatalogError(f"engine {dataset.engine!r}: {error}") from error
+    cluster = pick(load_all_clusters(_catalog_of(dataset)), dataset.engine, "engine")
+    if dataset.workers is not None and cluster.kind != "local":
+        raise CatalogError(
+            f"engine {cluster.id}: expected no `workers` in the dataset, found {dataset.workers}; "
+            "the number is in clusters.yaml"
+        )
+    return cluster
+
+
 def check_inputs(inputs: Inputs) -> None:
     """Check the files that later steps need, before any work.
 
-    Raises CatalogError for a missing file or an unknown model.
+    Raises CatalogError for a missing file, or an unknown model or engine.
     """
     dataset = inputs.dataset
+    choose_cluster(dataset)
     if dataset.labels is not None and not place_of(dataset.labels.file).exists():
         raise CatalogError(f"{dataset.labels.file}: no such file; expected polygons of mines")
     for model in dataset.models:

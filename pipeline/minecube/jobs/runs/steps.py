@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from minecube import cube
+from minecube.catalog import Source
 from minecube.errors import MinecubeError
 from minecube.grid import grid_of
 from minecube.jobs.build import build_year
@@ -24,6 +25,10 @@ class Limits:
     """Threads that compute blocks of a composite."""
     block_fraction: float = 1.0
     """Share of the usual memory of a block, smaller after a lack of memory."""
+    workers: int = 1
+    """Workers of the run, which divide the rate of searches among them."""
+    connections: int | None = None
+    """Most simultaneous requests for pixels of this worker; None: those of the source."""
     overwrite: bool = False
     """Whether to replace stale site-years, and maps of other models."""
 
@@ -47,9 +52,17 @@ class BuildFailedError(MinecubeError):
         """As from `failures.classify`."""
 
 
-def search_scenes(inputs: Inputs, unit: Unit) -> Finding:
+def share_searches(sources: Iterable[Source], workers: int) -> tuple[Source, ...]:
+    """Divide the rate of searches of each source among workers."""
+    return tuple(
+        replace(source, searches_per_s=source.searches_per_s / workers) for source in sources
+    )
+
+
+def search_scenes(inputs: Inputs, unit: Unit, limits: Limits) -> Finding:
     """Search the scenes of a site-year, and save their list."""
-    load_or_save(inputs.sites[unit.site], unit.year, inputs.job.sources, inputs.job.snapshots)
+    sources = share_searches(inputs.job.sources, limits.workers)
+    load_or_save(inputs.sites[unit.site], unit.year, sources, inputs.job.snapshots)
     return Finding()
 
 
@@ -63,7 +76,12 @@ def build_site_year(inputs: Inputs, unit: Unit, limits: Limits) -> Finding:
         SceneError, CubeError: it could not begin.
     """
     site = inputs.sites[unit.site]
-    job = replace(inputs.job, overwrite=limits.overwrite, block_fraction=limits.block_fraction)
+    job = replace(
+        inputs.job,
+        sources=share_searches(inputs.job.sources, limits.workers),
+        overwrite=limits.overwrite,
+        block_fraction=limits.block_fraction,
+    )
     load_or_save(site, unit.year, job.sources, job.snapshots)
     cube.create_site(job.store, site, grid_of(site), inputs.dataset.years, job.recipe)
     outcome = build_year(job, site, unit.year, limits.threads)

@@ -26,6 +26,7 @@ from minecube.jobs.runs.steps import (
     search_scenes,
 )
 from minecube.jobs.runs.units import Unit
+from minecube.reader.remote import limit_connections
 
 _PEAK = Path("/proc/self/clear_refs")  # Linux; elsewhere the peak is that of the process so far
 
@@ -60,6 +61,7 @@ def run_unit(dataset: Dataset, unit: Unit, limits: Limits, attempt: int) -> Resu
         CubeError: the log or the lease cannot be written.
         CatalogError: the dataset cannot be loaded here.
     """
+    limit_connections(limits.connections)
     inputs = load_inputs(dataset)
     log = open_log(inputs.store)
     try:
@@ -111,7 +113,7 @@ def _work(inputs: Inputs, unit: Unit, limits: Limits) -> Result:
 
 def _do_step(inputs: Inputs, unit: Unit, limits: Limits) -> Finding:
     if unit.step == "search":
-        return search_scenes(inputs, unit)
+        return search_scenes(inputs, unit, limits)
     if unit.step == "build":
         return build_site_year(inputs, unit, limits)
     step = make_step(unit.step, inputs, unit.site, read_site_commits(inputs, unit.site))

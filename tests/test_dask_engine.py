@@ -1,0 +1,173 @@
+"""Runs on real Dask schedulers and workers, which die, retire and lack what is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+import dask
+import pytest
+import xarray as xr
+
+from known_builds import args, run_here
+from known_datasets import read_log, read_site, write_dataset
+from minecube import cube
+from minecube.catalog import load_dataset
+from minecube.cube.locks import hold
+from minecube.jobs.runs import RunOptions, run
+
+distributed = pytest.importorskip("distributed")
+
+
+@contextlib.contextmanager
+def start_scheduler(workers):
+    """A cluster of worker processes with one thread each. Tasks fail at the first death."""
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        distributed.LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+    ):
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with start_scheduler(workers=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def plain(world, tmp_path_factory):
+    """The folder of the same cubes, built without Dask."""
+    folder = tmp_path_factory.mktemp("plain")
+    run_here("build", *args(world, folder / "cubes.zarr"))
+    return folder
+
+
+def wait_for(condition):
+    until = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def begun_builds(path):
+    """Process numbers of the workers that have begun a build."""
+    started = read_log(path).query("event == 'start' and step == 'build'")
+    return [int(worker.split("-")[-2]) for worker in started["worker"]]
+
+
+@contextlib.contextmanager
+def blocked_builds(path):
+    """Keep every build in work: the site's metadata are locked. Yields their release."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(cube.Store(load_dataset(path).store), "pit"))
+        yield stack.close
+
+
+@contextlib.contextmanager
+def running(path):
+    """Run search and build of a dataset in a thread. Yields the list that gets its summary."""
+    summaries = []
+    options = RunOptions(only=("search", "build"))
+    thread = threading.Thread(target=lambda: summaries.append(run(load_dataset(path), options)))
+    thread.start()
+    yield summaries
+    thread.join(100)
+    assert not thread.is_alive()
+
+
+def test_a_run_on_a_scheduler_makes_the_same_cubes(world, plain, cluster, tmp_path):
+    path = write_dataset(world, tmp_path)
+    _, err = run_here("run", path, "--engine", cluster.scheduler_address)
+    assert f"dashboard of engine dask: {cluster.dashboard_link}" in err
+    assert read_log(path)["event"].eq("end").sum() == 5  # search and build of 2 years, an audit
+    xr.testing.assert_identical(read_site(tmp_path), read_site(plain))
+
+
+def test_a_unit_whose_worker_is_killed_is_tried_again(world, plain, cluster, tmp_path):
+    path = write_dataset(world, tmp_path, engine=cluster.scheduler_address)
+    with blocked_builds(path) as release, running(path) as summaries:
+        wait_for(lambda: begun_builds(path))
+        os.kill(begun_builds(path)[0], signal.SIGKILL)
+        wait_for(lambda: len(begun_builds(path)) > 1)
+        release()
+    assert summaries[0].exit_code == 0
+    builds = read_log(path).query("step == 'build'")
+    killed = builds[builds["year"] == builds["year"].iloc[0]]
+    assert list(killed["event"]) == ["start", "start", "end"]
+    assert list(killed["attempt"]) == [1, 2, 2]
+    xr.testing.assert_identical(read_site(tmp_path), read_site(plain))
+
+
+def test_a_step_without_its_resource_is_an_error_at_once(world, cluster, tmp_path):
+    entry = {
+        "title": "Two kinds of workers",
+        "kind": "dask",
+        "address": cluster.scheduler_address,
+        "resources": {"build": {"GPU": 1}},
+    }
+    path = write_dataset(world, tmp_path, {"two-kinds": entry}, engine="two-kinds")
+    _, err = run_here("run", path, ok=2)
+    assert "engine two-kinds: the step build needs a worker with GPU=1, and no worker has it" in err
+    assert not (tmp_path / "cubes.zarr").exists()
+    run_here("run", path, "--only", "search")
+
+
+@pytest.mark.parametrize("engine", ["tcp://127.0.0.1:9", "tcp://nowhere", "typo"])
+def test_an_engine_that_does_not_answer_is_one_sentence(world, tmp_path, engine):
+    _, err = run_here("run", write_dataset(world, tmp_path), "--engine", engine, ok=2)
+    expected = {
+        "tcp://127.0.0.1:9": "engine dask: no Dask scheduler answers at tcp://127.0.0.1:9",
+        "tcp://nowhere": "engine 'tcp://nowhere': field 'address': expected an address such as",
+        "typo": "unknown engine 'typo'; there is: local, slurm",
+    }
+    assert f"error: {expected[engine]}" in err
+    assert not (tmp_path / "cubes.zarr").exists()
+
+
+def test_a_scheduler_without_workers_ends_the_wait(world, tmp_path):
+    with start_scheduler(workers=0) as empty:
+        entry = {"title": "None", "kind": "dask", "wait_minutes": 0.05}
+        entry["address"] = empty.scheduler_address
+        path = write_dataset(world, tmp_path, {"empty": entry}, engine="empty")
+        _, err = run_here("run", path, ok=2)
+    assert "error: engine empty: no worker for 0.05 minutes; start some" in err
+    assert not (tmp_path / "cubes.zarr").exists()
+
+
+def test_a_worker_that_retires_leaves_no_second_writer(world, plain, cluster, tmp_path):
+    """Dask does not wait for a task at the end of a worker's lifetime: it starts it elsewhere."""
+    path = write_dataset(world, tmp_path, engine=cluster.scheduler_address, years="2020")
+    with (
+        blocked_builds(path) as release,
+        running(path) as summaries,
+        distributed.Client(cluster, set_as_default=False) as client,
+    ):
+        wait_for(lambda: begun_builds(path))
+        (first,) = begun_builds(path)
+        address = client.run(os.getpid)
+        (retired,) = [worker for worker, process in address.items() if process == first]
+        client.run(end_lifetime, workers=[retired], wait=False)
+        # The other worker gets the unit, finds its lease taken, and leaves it alone.
+        wait_for(lambda: retired not in client.scheduler_info()["workers"])
+        time.sleep(5)
+        assert begun_builds(path) == [first]
+        release()
+    assert summaries[0].exit_code == 0
+    builds = read_log(path).query("step == 'build'")
+    assert list(builds["event"]) == ["start", "end"] * (len(builds) // 2)
+    both = read_site(plain).sel(year=[2020])
+    xr.testing.assert_identical(read_site(tmp_path).reflectance, both.reflectance)
+
+
+async def end_lifetime(dask_worker):
+    """Do what a worker does at the end of its lifetime."""
+    await dask_worker.close_gracefully(restart=True)
