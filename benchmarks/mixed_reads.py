@@ -14,6 +14,7 @@ working store may be refused, with an error that asks to open the cube again.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import multiprocessing
@@ -38,7 +39,7 @@ from minecube.jobs.tables import format_table
 
 YEARS = (2020, 2021)
 SITE = Site(id="pit", geometry=shapely.box(13.0, 50.5, 13.03, 50.52))
-RECIPE = Recipe(id="fast", title="", bands=("B04", "B11"), block_px=64, chunk_px=32)
+RECIPE = Recipe(id="fast", title="", bands=("B04", "B11"), block_px=128, chunk_px=128)
 WAYS = ("store", "main", "tag")
 
 
@@ -135,8 +136,13 @@ def _read(folder: Path, way: str) -> np.ndarray:
     return np.concatenate([layer.reshape(len(layer), -1) for layer in layers], axis=1)
 
 
+@functools.cache
+def _open_repository(place: str) -> icechunk.Repository:
+    return icechunk.Repository.open(icechunk.local_filesystem_storage(place))
+
+
 def _open_version(place: str, way: str) -> xr.Dataset:
-    repository = icechunk.Repository.open(icechunk.local_filesystem_storage(place))
+    repository = _open_repository(place)
     if way == "main":
         session = repository.readonly_session("main")
     else:
