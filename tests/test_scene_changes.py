@@ -24,6 +24,7 @@ def scene(name, day=1, baseline="02.14", **changes):
             "s2:processing_baseline": baseline,
             "minecube:source": changes.get("source", "a"),
             "minecube:offset": changes.get("offset", 0),
+            "eo:cloud_cover": changes.get("cloud", 5.0),
         },
     )
     folder = changes.get("folder", "x")
@@ -52,6 +53,11 @@ def scene(name, day=1, baseline="02.14", **changes):
         (scene("a"), scene("b", folder="y"), SceneChange("b", "reprocessed", "id a -> b")),
         (scene("a"), scene("a", offset=-1000), SceneChange("a", "changed", "offset 0 -> -1000")),
         (scene("a"), scene("a", source="b"), SceneChange("a", "changed", "source a -> b")),
+        (
+            scene("a"),
+            scene("a", cloud=50.0),
+            SceneChange("a", "changed", "properties changed: eo:cloud_cover"),
+        ),
         (scene("a"), scene("a", folder="y"), SceneChange("a", "changed", "files moved: 2 of 2")),
     ],
 )

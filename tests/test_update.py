@@ -173,7 +173,9 @@ def test_an_update_adds_a_year_and_builds_reprocessed_scenes_again(
     now = cube.open_committed(store, "pit").load()
     assert (now.reflectance.sel(year=2020) != old.reflectance.sel(year=2020)).any()
 
+    lists = {path: path.stat().st_mtime_ns for path in (growing / "scenes").iterdir()}
     again = find_changes(replace(dataset, years=(2020, 2022)), REFRESH, save=True)
+    assert {path: path.stat().st_mtime_ns for path in (growing / "scenes").iterdir()} == lists
     assert (again.scenes, again.reasons, again.older) == ({}, {}, {})
     assert_published(growing / "releases", "v1", now)
     _check_another_recipe(growing, path, now)

@@ -9,6 +9,15 @@ import pystac
 
 from minecube.scenes.acquisitions import group_copies
 
+_NAMED = {
+    "datetime",  # pystac writes it in two forms; it names the acquisition
+    "s2:processing_baseline",
+    "minecube:source",
+    "minecube:offset",
+    "minecube:offset_reason",
+}
+"""Properties that are compared by themselves, or follow from one of them."""
+
 
 @dataclass(frozen=True)
 class SceneChange:
@@ -51,9 +60,15 @@ def _describe_differences(old: pystac.Item, new: pystac.Item) -> list[tuple[str,
     differences = [
         (name, f"{before} -> {after}") for name, before, after in values if before != after
     ]
+    if old.id != new.id:
+        return differences  # everything else of another product differs, too
     moved = [band for band in new.assets if _href(old, band) != _href(new, band)]
-    if moved and old.id == new.id:
+    if moved:
         differences.append(("files", f"moved: {len(moved)} of {len(new.assets)}"))
+    names = {*old.properties, *new.properties} - _NAMED
+    other = sorted(name for name in names if old.properties.get(name) != new.properties.get(name))
+    if other:
+        differences.append(("properties", f"changed: {', '.join(other)}"))
     return differences
 
 

@@ -104,7 +104,8 @@ def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool
     found = Changes()
     searched: dict[tuple[str, int], SearchResult] = {}
     for year in list_read_years(inputs.job.recipe, plan.years):
-        if not _needs_search(inputs, site, year, refresh=options.refresh):
+        is_incomplete = _is_incomplete(inputs, site, year)
+        if not (is_incomplete or options.refresh):
             continue
         try:
             listed = _search_again(inputs, site, year, found)
@@ -114,7 +115,8 @@ def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool
             found.unanswered[site, year] = str(error)
             continue
         searched[site, year] = listed
-        if save:
+        # An equal list keeps its time: what is newer than a commit is read at each later run.
+        if save and (is_incomplete or (site, year) in found.scenes):
             save_list(listed, inputs.sites[site], year, inputs.job.sources, inputs.job.snapshots)
     check = StaleCheck(inputs, searched)
     for year in plan.years:
@@ -122,9 +124,10 @@ def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool
     return found
 
 
-def _needs_search(inputs: Inputs, site: str, year: int, *, refresh: bool) -> bool:
+def _is_incomplete(inputs: Inputs, site: str, year: int) -> bool:
+    """Whether a list is missing, or was saved too early to have all scenes that are there now."""
     changed = time_of_change(list_path(inputs, site, year))
-    if refresh or changed is None:
+    if changed is None:
         return True
     saved = datetime.fromtimestamp(changed, tz=UTC).date()
     complete = complete_day(inputs.job.recipe, year)
