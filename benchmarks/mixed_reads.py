@@ -83,8 +83,8 @@ def count_mixed_reads(folder: Path, reads: int) -> dict[str, int]:
                 continue
             counts["mixed_reads"] += _is_mixed(pixels, by_year=way == "store")
             values.update(np.unique(pixels).tolist())
-        if not writer.is_alive():
-            raise RuntimeError("the writer has died")
+            if not writer.is_alive():
+                raise RuntimeError("the writer has died")
     finally:
         stop.set()
         writer.join()
@@ -121,7 +121,7 @@ def _make_composite(shape: tuple[int, int], value: int) -> xr.Dataset:
         {
             "reflectance": (("band", "y", "x"), fill(len(RECIPE.bands), *shape)),
             "clear_count": (("y", "x"), fill(*shape)),
-            "quality": (("y", "x"), fill(*shape).astype(np.uint8)),
+            "quality": (("y", "x"), (fill(*shape) > 0).astype(np.uint8)),
         }
     )
 
