@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import yaml
@@ -9,6 +10,7 @@ import yaml
 from minecube import cube
 from minecube.catalog import load_dataset
 from minecube.cube.events import read_events
+from minecube.cube.locks import hold
 
 
 def write_dataset(world, folder, clusters=None, **keys):
@@ -42,3 +44,17 @@ def read_site(folder, site="pit"):
 def read_log(path: Path):
     """Starts and ends of a dataset's units."""
     return read_events(cube.Store(load_dataset(path).store)).table
+
+
+def begun_builds(path):
+    """Process numbers of the workers that have begun a build."""
+    started = read_log(path).query("event == 'start' and step == 'build'")
+    return [int(worker.split("-")[-2]) for worker in started["worker"]]
+
+
+@contextlib.contextmanager
+def blocked_builds(path):
+    """Keep every build in work: the site's metadata are locked. Yields their release."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hold(cube.Store(load_dataset(path).store), "pit"))
+        yield stack.close

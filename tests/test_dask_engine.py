@@ -13,20 +13,18 @@ import pytest
 import xarray as xr
 
 from known_builds import args, run_here
-from known_datasets import read_log, read_site, write_dataset
-from minecube import cube
+from known_datasets import begun_builds, blocked_builds, read_log, read_site, write_dataset
 from minecube.catalog import load_dataset
-from minecube.cube.locks import hold
 from minecube.jobs.runs import RunOptions, run
 
 distributed = pytest.importorskip("distributed")
 
 
 @contextlib.contextmanager
-def start_scheduler(workers):
+def start_scheduler(workers, allowed_failures=0):
     """A cluster of worker processes with one thread each. Tasks fail at the first death."""
     with (
-        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        dask.config.set({"distributed.scheduler.allowed-failures": allowed_failures}),
         distributed.LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -56,20 +54,6 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.1)
-
-
-def begun_builds(path):
-    """Process numbers of the workers that have begun a build."""
-    started = read_log(path).query("event == 'start' and step == 'build'")
-    return [int(worker.split("-")[-2]) for worker in started["worker"]]
-
-
-@contextlib.contextmanager
-def blocked_builds(path):
-    """Keep every build in work: the site's metadata are locked. Yields their release."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(hold(cube.Store(load_dataset(path).store), "pit"))
-        yield stack.close
 
 
 @contextlib.contextmanager
@@ -171,3 +155,28 @@ def test_a_worker_that_retires_leaves_no_second_writer(world, plain, cluster, tm
 async def end_lifetime(dask_worker):
     """Do what a worker does at the end of its lifetime."""
     await dask_worker.close_gracefully(restart=True)
+
+
+@pytest.mark.slow
+def test_workers_that_always_end_fail_the_unit(world, tmp_path):
+    """Dask alone would start it again for ever. Then all workers leave."""
+    with start_scheduler(workers=1, allowed_failures=100) as cluster:
+        entry = {"title": "Leaving", "kind": "dask", "wait_minutes": 0.1}
+        entry["address"] = cluster.scheduler_address
+        path = write_dataset(world, tmp_path, {"leaving": entry}, engine="leaving", years="2020")
+        with blocked_builds(path):
+            killed = []
+            with running(path) as summaries:
+                while not summaries:
+                    for process in set(begun_builds(path)) - set(killed):
+                        os.kill(process, signal.SIGKILL)
+                        killed.append(process)
+                    time.sleep(0.2)
+            (failure,) = summaries[0].failures.values()
+            assert failure.message.startswith(f"{len(killed)} workers ended before it did")
+            assert len(killed) == 5
+            with running(path) as summaries:
+                wait_for(lambda: set(begun_builds(path)) - set(killed))
+                cluster.scale(0)
+    (failure,) = summaries[0].failures.values()
+    assert failure.message.startswith("engine leaving: no worker for 0.1 minutes")

@@ -14,7 +14,7 @@ _STARTED = ("slurm", "kubernetes")
 """Kinds whose workers minecube starts as jobs or pods."""
 _OWN_FIELDS = {
     "workers": ("local", *_STARTED),
-    "memory_gb": ("local", *_STARTED),
+    "memory_gb": _STARTED,
     "temporary": ("local", *_STARTED),
     "lifetime_minutes": _STARTED,
     "address": ("dask",),

@@ -154,11 +154,11 @@ class DaskWorkers:
 
     def _look(self) -> None:
         """See which workers there are."""
-        found = self.client.scheduler_info(n_workers=-1)["workers"].values()
-        self._resources = [worker["resources"] for worker in found]
-        if found:
+        joined = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        self._resources = [worker["resources"] for worker in joined]
+        if joined:
             self._last_seen = time.monotonic()
-            self.workers = sum(worker["nthreads"] for worker in found)
+            self.workers = sum(worker["nthreads"] for worker in joined)
 
     def _give_up(self) -> None:
         """Fail units that would wait for ever."""
@@ -279,17 +279,17 @@ def _connect(cluster: Cluster, address: Any) -> Iterator[Any]:
 
 def _check_version(client: Any, cluster: Cluster) -> None:
     """Raise CatalogError if a worker cannot import this version of minecube."""
-    here = _read_version()
+    version = _read_version()
     probe = client.submit(_read_version, pure=False)
     try:
-        there = probe.result(timeout=_PROBE_S)
+        their_version = probe.result(timeout=_PROBE_S)
     except Exception as error:
         raise CatalogError(
             f"engine {cluster.id}: its workers cannot run minecube ({one_line(error)}); "
-            f"install minecube {here} on them"
+            f"install minecube {version} on them"
         ) from error
-    if there != here:
+    if their_version != version:
         raise CatalogError(
-            f"engine {cluster.id}: its workers have minecube {there}, here is {here}; "
-            "install the same version"
+            f"engine {cluster.id}: its workers have minecube {their_version}, this machine has "
+            f"{version}; install the same version"
         )

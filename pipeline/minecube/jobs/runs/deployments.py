@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shlex
 import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -75,8 +76,26 @@ def _start_slurm(cluster: Cluster) -> Any:
         log_directory=job.logs,
         interface=job.interface,
     )
+    _check_job(cluster, deployment)
     deployment.adapt(minimum_jobs=cluster.workers, maximum_jobs=cluster.workers)
     return deployment
+
+
+def _check_job(cluster: Cluster, deployment: Any) -> None:
+    """Raise CatalogError if SLURM would refuse the job of a worker. Submits nothing."""
+    answer = subprocess.run(
+        ["sbatch", "--test-only"],  # noqa: S607  the user's own SLURM
+        input=deployment.job_script(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if answer.returncode:
+        deployment.close()
+        raise CatalogError(
+            f"engine {cluster.id}: SLURM refuses the job of a worker ({one_line(answer.stderr)}); "
+            "correct `slurm` in clusters.yaml"
+        )
 
 
 def _start_kubernetes(cluster: Cluster) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import signal
 import tempfile
 import threading
@@ -60,14 +59,10 @@ def share_requests(limits: Limits, cluster: Cluster, workers: int) -> Limits:
     return replace(limits, workers=workers, connections=connections)
 
 
-def _start_worker(memory_gb: float | None, temporary: str | None) -> None:
+def _start_worker(temporary: str | None) -> None:
     """Prepare a worker process: it leaves Ctrl-C to its parent, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
-    if memory_gb is not None:
-        most_bytes = int(memory_gb * 1e9)
-        # Memory beyond it is a MemoryError of the unit, instead of a process killed by the system.
-        resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
     if temporary is not None:
         os.environ["TMPDIR"] = temporary
         tempfile.tempdir = None  # looks up TMPDIR again
@@ -104,7 +99,7 @@ class Local:
             self.workers,
             mp_context=context,
             initializer=_start_worker,
-            initargs=(self.cluster.memory_gb, self.cluster.temporary),
+            initargs=(self.cluster.temporary,),
         )
 
     def submit(self, unit: Unit, limits: Limits, attempt: int) -> Future[Result]:

@@ -1,14 +1,10 @@
-"""Each workflow run on a small world makes the same cubes as the plain command."""
+"""Commands on Dask workers make the same cubes and maps as on this machine."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -79,46 +75,20 @@ def assert_same(one, other, names):
 
 
 def on_cluster(*arguments):
-    return subprocess.run(
-        [
-            sys.executable,
-            str(WORKFLOWS / "cluster.py"),
-            "--workers",
-            "2",
-            "--",
-            *map(str, arguments),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    """The command with two worker processes."""
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+    ) as cluster:
+        words = [*map(str, arguments), "--scheduler", cluster.scheduler_address]
+        return CliRunner().invoke(cli, words)
 
 
 def test_on_worker_processes(world):
     store = world / "cluster.zarr"
     done = on_cluster("build", "--sites", "north,south", "--store", store, *common(world))
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert done.stdout.count("built") == 2
     assert_same(store, world / "plain.zarr", ["north", "south"])
-
-
-def test_without_a_worker_nothing_is_waited_for():
-    command = [
-        sys.executable,
-        str(WORKFLOWS / "cluster.py"),
-        "--workers",
-        "0",
-        "--",
-        "predict",
-        "--store",
-        "s",
-        "--model",
-        "m",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert "--workers 0: expected 1 or more" in done.stderr
 
 
 def model_in(folder):
@@ -156,7 +126,7 @@ def test_sites_are_mapped_on_worker_processes(world, tmp_path):
         [shutil.copytree(world / "plain.zarr", tmp_path / f"{n}.zarr") for n in range(2)],
     )
     done = on_cluster("predict", "--store", stores[0], "--model", model)
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.stderr
     assert done.stdout.count(": 1 years mapped") == 2
     assert "in all: " in done.stdout
     plain = CliRunner().invoke(cli, ["predict", "--store", str(stores[1]), "--model", str(model)])
@@ -186,7 +156,7 @@ def test_what_a_worker_cannot_do_is_one_sentence(world, tmp_path):
         "--device",
         "cuda:7",
     )
-    assert done.returncode == 2
+    assert done.exit_code == 2
     said = [
         line for line in done.stderr.splitlines() if line.startswith("error: ")
     ]  # among what workers log
@@ -294,43 +264,3 @@ def test_ctrl_c_is_heard_while_tasks_run_whatever_thread_gets_it():
         finally:
             end.set()
             signal.signal(signal.SIGINT, before)
-
-
-def test_as_a_job_array(world, tmp_path):
-    """As SLURM runs it: one task a line, in any order; a task that runs twice changes nothing."""
-    (tmp_path / "sites.txt").write_text("north\nsouth\n")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = {
-        "YEARS": "2022",
-        "SOURCE": "sim-planetary-computer",
-        "CATALOG": str(world / "archive"),
-        "STORE": "cubes.zarr",
-    }
-    for task, state in (("2", "built"), ("1", "built"), ("2", "kept")):
-        done = subprocess.run(
-            ["bash", str(WORKFLOWS / "slurm_array.sh")],
-            cwd=tmp_path,
-            env={**os.environ, **settings, "PATH": path, "SLURM_ARRAY_TASK_ID": task},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert state in done.stdout
-    assert_same(tmp_path / "cubes.zarr", world / "plain.zarr", ["north", "south"])
-
-
-def test_the_cron_line_is_a_command_of_ours():
-    lines = [
-        line
-        for line in (WORKFLOWS / "crontab").read_text().splitlines()
-        if line and not line.startswith("#")
-    ]
-    assert len(lines) == 1
-    words = shlex.split(lines[0].split("&&")[1].split(">>")[0])
-    assert words[0].endswith("bin/minecube")
-    words[words.index("--years") + 1] = "2024"
-    done = CliRunner().invoke(cli, [*words[1:], "--dry-run"])
-    assert (
-        "no such file; expected polygons of sites" in done.output
-    )  # all options are known, only the user's file is not there

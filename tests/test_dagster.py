@@ -1,0 +1,154 @@
+"""The Dagster workflow, in a process of its own and through Dagster's daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import xarray as xr
+
+from known_builds import args, run_here
+from known_datasets import read_log, read_site, write_dataset
+
+pytest.importorskip("dagster")
+
+WORKFLOWS = Path(__file__).parents[1] / "workflows"
+FILE = WORKFLOWS / "dagster_dataset.py"
+SECRET = "wJalrXUtnFEMI7MDENGbPxRfiCYEXAMPLEKEY"
+# 2021 has no scenes: it fails, and a repetition is no use.
+YEARS = "2020-2022"
+IN_PROCESS = """
+import dagster as dg
+import dagster_dataset as workflow
+
+def main():
+    with dg.instance_for_test() as instance:
+        first = workflow.new_sites(dg.build_sensor_context(instance=instance))
+        for request in first.dynamic_partitions_requests:
+            instance.add_dynamic_partitions(request.partitions_def_name, request.partition_keys)
+        print("new", [str(request.partition_key) for request in first.run_requests])
+        second = workflow.new_sites(dg.build_sensor_context(instance=instance))
+        print("again", second.run_requests)
+        january = workflow.each_january(dg.build_schedule_context(instance=instance))
+        print("january", [str(request.partition_key) for request in january])
+        for year in ("2020", "2021"):
+            run = dg.materialize(
+                [workflow.site_year],
+                instance=instance,
+                partition_key=dg.MultiPartitionKey({"site": "pit", "year": year}),
+                tags={"dagster/backfill": "b"},
+                raise_on_error=False,
+            )
+            print(year, run.success)
+            for made in run.asset_materializations_for_node("site_year"):
+                print({key: str(value.value)[:60] for key, value in made.metadata.items()})
+        print("backfill", dict(workflow.count_backfill(instance, "b")))
+        print("results", dg.materialize([workflow.results], instance=instance, raise_on_error=False).success)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def make_home(world, folder):
+    """A dataset and a home of Dagster; the environment of its commands."""
+    dataset = write_dataset(world, folder / "mines", years=YEARS, workers=1)
+    home = folder / "home"
+    home.mkdir()
+    shutil.copy(WORKFLOWS / "dagster.yaml", home)
+    path = os.pathsep.join([str(WORKFLOWS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "DAGSTER_HOME": str(home)}
+    return env | {"MINECUBE_DATASET": str(dataset), "AWS_SECRET_ACCESS_KEY": SECRET}
+
+
+def call(words, env, ok=0):
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == ok, f"{done.stdout}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def assert_built(world, folder):
+    """Compare the cubes with those of the plain command, and look for the secret everywhere."""
+    (folder / "plain").mkdir()
+    run_here("build", *args(world, folder / "plain" / "cubes.zarr"))
+    cubes = read_site(folder / "mines")
+    plain = read_site(folder / "plain")
+    both = cubes.reflectance.sel(year=plain.year)
+    xr.testing.assert_identical(both.drop_attrs(), plain.reflectance.drop_attrs())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+
+
+def test_partitions_schedules_and_metadata(world, tmp_path):
+    env = make_home(world, tmp_path)
+    script = tmp_path / "in_process.py"
+    script.write_text(IN_PROCESS)
+    out = call([script], env)
+    assert "new ['pit|2020', 'pit|2021', 'pit|2022']" in out
+    assert "again []" in out
+    assert "january ['pit|2022']" in out
+    assert "2020 True" in out
+    assert "'pixels': '11520'" in out
+    assert "'quicklook': '![pit 2020](data:image/png;base64,iVBOR" in out
+    assert "2021 False" in out
+    assert "backfill {'FAILURE': 1, 'SUCCESS': 1}" in out
+    assert "results False" in out  # 2021 is missing, but 2022 is built
+    searches = read_log(Path(env["MINECUBE_DATASET"])).query("step == 'build' and event == 'end'")
+    assert searches[searches["state"] == "done"]["year"].tolist() == [2020, 2022]
+    assert_built(world, tmp_path)
+
+
+@contextlib.contextmanager
+def daemon(env, log):
+    words = ["-c", "from dagster._daemon.cli import main; main()", "run", "-f", FILE]
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, *words], env=env, stdout=out, stderr=out)
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def dagster(*words):
+    return ["-m", "dagster", *words]
+
+
+def test_the_daemon_builds_new_sites_and_a_backfill_reports_failures(world, tmp_path):
+    env = make_home(world, tmp_path)
+    call(dagster("sensor", "start", "-f", FILE, "new_sites"), env)
+    dataset = Path(env["MINECUBE_DATASET"])
+    with daemon(env, tmp_path / "daemon.log"):
+        until = time.monotonic() + 200
+        while len(read_ends(dataset)) < 3:
+            assert time.monotonic() < until, (tmp_path / "daemon.log").read_text()[-3000:]
+            time.sleep(1)
+        words = ("-j", "build_site_years", "--partitions", "pit|2020,pit|2021", "--noprompt")
+        out = call(dagster("job", "backfill", "-f", FILE, *words), env)
+        (backfill,) = re.findall(r"backfill(?: job)? (\w+)", out)[-1:]
+        counts = ""
+        while "1 SUCCESS" not in counts or "1 FAILURE" not in counts:
+            assert time.monotonic() < until + 100, counts
+            time.sleep(2)
+            counts = call([FILE, backfill], env, ok=1)
+    assert_built(world, tmp_path)
+
+
+def read_ends(dataset):
+    """Site-years that are built or have failed."""
+    ends = read_log(dataset).query("event == 'end'")
+    return {*ends.query("step == 'build' or state == 'failed'")["year"]}

@@ -1,0 +1,160 @@
+"""Show and schedule a dataset in Dagster: one partition per site and year.
+
+    export DAGSTER_HOME=$HOME/dagster MINECUBE_DATASET=$HOME/mines/dataset.yaml
+    mkdir -p $DAGSTER_HOME && cp workflows/dagster.yaml $DAGSTER_HOME/
+    dagster dev -f workflows/dagster_dataset.py
+    python workflows/dagster_dataset.py BACKFILL_ID      prints what became of a backfill
+
+Dagster starts the runs and shows them. The state of the dataset is in its store: a partition that
+is built already is finished in seconds, whatever Dagster knows of it.
+"""
+
+import base64
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import dagster as dg
+import xarray as xr
+
+from minecube import cube, report
+from minecube.catalog import Dataset, load_dataset
+from minecube.jobs.runs import RunOptions, Summary, run
+from minecube.jobs.runs.inputs import load_inputs
+from minecube.jobs.runs.units import SITE_STEPS
+
+SITE_YEAR_STEPS = ("search", "build")
+_YEARLY = "0 3 15 1 *"
+"""When the year before is complete: 15 January, 03:00."""
+_NO_USE = ("data", "bug")
+"""Classes of errors that a repetition meets again."""
+_RETRIES = dg.RetryPolicy(max_retries=3, delay=300, backoff=dg.Backoff.EXPONENTIAL)
+
+
+def read_dataset() -> Dataset:
+    """Load the dataset that the environment variable MINECUBE_DATASET names."""
+    return load_dataset(Path(os.environ["MINECUBE_DATASET"]))
+
+
+sites = dg.DynamicPartitionsDefinition(name="sites")
+years = dg.StaticPartitionsDefinition([str(year) for year in read_dataset().years])
+site_years = dg.MultiPartitionsDefinition({"site": sites, "year": years})
+
+
+@dg.asset(partitions_def=site_years, retry_policy=_RETRIES)
+def site_year(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+    """Search and build one year of one site."""
+    partition = context.partition_key
+    assert isinstance(partition, dg.MultiPartitionKey)
+    site = partition.keys_by_dimension["site"]
+    year = int(partition.keys_by_dimension["year"])
+    dataset = read_dataset()
+    options = RunOptions(only=SITE_YEAR_STEPS, sites=site, years=(year,))
+    _raise_failures(run(dataset, options))
+    store = cube.Store.connect(dataset.store)
+    cubes = cube.open_committed(store, site).sel(year=[year]).load()
+    clear = cubes["clear_count"]
+    return dg.MaterializeResult(
+        metadata={
+            "pixels": int(clear.size),
+            "observed pixels": int((clear > 0).sum()),
+            "mean clear observations": float(clear.mean()),
+            "quicklook": dg.MetadataValue.md(_draw_quicklook(cubes, f"{site} {year}")),
+        }
+    )
+
+
+def _draw_quicklook(cubes: xr.Dataset, title: str) -> str:
+    """Draw a cube as a picture inside Markdown."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "quicklook.png"
+        report.draw_strip(cubes, {}, path, title)
+        picture = base64.b64encode(path.read_bytes()).decode()
+    return f"![{title}](data:image/png;base64,{picture})"
+
+
+@dg.asset(deps=[site_year], retry_policy=_RETRIES)
+def results() -> dg.MaterializeResult:
+    """Do all steps of whole sites: audit, label, predict, tracks, score and export."""
+    dataset = read_dataset()
+    summary = run(dataset)
+    _raise_failures(summary)
+    done = {f"{step} done": summary.count(step) for step in SITE_STEPS}
+    return dg.MaterializeResult(metadata={**done, "seconds": summary.seconds})
+
+
+def _raise_failures(summary: Summary) -> None:
+    """Fail the run of Dagster with the reasons. It is tried again if that can help."""
+    if not summary.exit_code:
+        return
+    reasons = [f"{unit}: {result.message}" for unit, result in summary.failures.items()]
+    reasons += [f"{step} is not joined: {reason}" for step, reason in summary.unjoined.items()]
+    classes = {result.error_class for result in summary.failures.values()}
+    raise dg.Failure("\n".join(reasons), allow_retries=bool(classes - set(_NO_USE)))
+
+
+build_job = dg.define_asset_job("build_site_years", [site_year])
+results_job = dg.define_asset_job("make_results", [results])
+
+
+@dg.schedule(cron_schedule=_YEARLY, job=build_job)
+def each_january() -> Iterator[dg.RunRequest]:
+    """Build the last year of the dataset for all sites. Add the year to dataset.yaml before."""
+    dataset = read_dataset()
+    yield from _request(list(load_inputs(dataset).sites), dataset.years[-1:])
+
+
+@dg.schedule(cron_schedule="0 3 20 1 *", job=results_job)
+def results_each_january() -> dg.RunRequest:
+    """Do the steps of whole sites, once their years are built."""
+    return dg.RunRequest()
+
+
+@dg.sensor(job=build_job, minimum_interval_seconds=3600)
+def new_sites(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    """Build all years of sites that the dataset has and Dagster does not know.
+
+    The requests have no run key. With a key, a site that was removed and added again would not be
+    built.
+    """
+    dataset = read_dataset()
+    load_inputs.cache_clear()  # the file of sites may have changed
+    known = set(context.instance.get_dynamic_partitions("sites"))
+    new = [site for site in load_inputs(dataset).sites if site not in known]
+    return dg.SensorResult(
+        run_requests=list(_request(new, dataset.years)),
+        dynamic_partitions_requests=[sites.build_add_request(new)] if new else [],
+    )
+
+
+def _request(names: Sequence[str], of_years: Sequence[int]) -> Iterator[dg.RunRequest]:
+    for name in names:
+        for year in of_years:
+            yield dg.RunRequest(
+                partition_key=dg.MultiPartitionKey({"site": name, "year": str(year)})
+            )
+
+
+def count_backfill(instance: dg.DagsterInstance, backfill: str) -> Counter[str]:
+    """Count the runs of a backfill by their state.
+
+    A backfill from the command line is COMPLETED once its runs are queued, even if all fail later.
+    """
+    runs = instance.get_runs(dg.RunsFilter(tags={"dagster/backfill": backfill}))
+    return Counter(run.status.value for run in runs)
+
+
+definitions = dg.Definitions(
+    assets=[site_year, results],
+    jobs=[build_job, results_job],
+    schedules=[each_january, results_each_january],
+    sensors=[new_sites],
+)
+
+if __name__ == "__main__":
+    counts = count_backfill(dg.DagsterInstance.get(), sys.argv[1])
+    print(", ".join(f"{number} {state}" for state, number in counts.items()) or "no runs")
+    sys.exit(int(set(counts) != {"SUCCESS"}))
