@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,9 +113,8 @@ class Cluster:
         return future
 
     def is_death(self, error: BaseException) -> bool:
-        """Whether the worker died, or the scheduler lost the task."""
-        names = {kind.__name__ for kind in type(error).__mro__}
-        return isinstance(error, CancelledError) or "KilledWorker" in names
+        """Whether workers died."""
+        return "KilledWorker" in {kind.__name__ for kind in type(error).__mro__}
 
     def close(self) -> None:
         """Leave the workers to the cluster."""
