@@ -20,7 +20,7 @@ Behave = Callable[[Unit, int], Result]
 """What becomes of an attempt at a unit. May raise."""
 
 
-class KilledWorker(Exception):
+class KilledWorker(Exception):  # noqa: N818  the name of Dask
     """A worker died."""
 
 

@@ -122,7 +122,7 @@ class Cluster:
 
     def stop(self) -> None:
         """Drop waiting tasks. Those in work end on their own."""
-        self.client.shutdown(wait=False, cancel_futures=True)
+        self.client.shutdown(wait=False)
 
 
 @contextmanager

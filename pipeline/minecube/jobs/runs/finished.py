@@ -61,7 +61,7 @@ def list_finished(store: Store, step: str, names: Iterable[str]) -> dict[str, st
 
 
 def read_finished(store: Store, step: str, name: str) -> dict[str, Any]:
-    """Return the note of a finished step; empty if there is none, or it is damaged."""
+    """Return the note of a finished step; empty for a missing or damaged note."""
     try:
         if store.path is None:
             content = bytes(store.client().get(_key(step, name)).bytes())
