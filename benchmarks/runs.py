@@ -1,14 +1,28 @@
-"""Measure what whole runs cost beside pixels.
+"""Measure what whole runs cost beside pixels, and what survives kills.
 
-    python benchmarks/runs.py [--json FILE] [--sites 133]
+    python benchmarks/runs.py --json FILE
+    python benchmarks/runs.py --only rerun,status_1330 --sites 133
 
-The sites are squares of 48 pixels next to each other, over one simulated archive of two years.
-Such sites have few pixels, so most of a run's time is overhead.
+`--only` names the measurements:
 
-rerun_ms_per_site_year    CPU time of a second `minecube build`, after a first build of everything
-first_ms_per_site_year    CPU time of that first build
+rerun          rerun_ms_per_site_year: CPU time of a second `minecube build`, after a first build of
+               everything; first_ms_per_site_year: CPU time of that first build
+overhead_local, overhead_dask
+               overhead_*_s: seconds per empty unit of a run through an engine with one worker
+two_workers    two_workers_ratio: time of two worker processes for 24 equal site-years divided by
+               that of one; each request takes 40 ms
+in_run         in_run_ratio: time of a site-year of 1024 x 1024 pixels and 40 dates inside a run
+               divided by that of the same build alone
+status_1330, status_450000
+               status_*_s, status_*_mb: seconds and peak memory of `status`, on simulated markers
+               and event logs
+kills          kills, kills_identical: random SIGKILLs, full disks and lost stores, and after how
+               many of them a later run made the same results (tests/chaos/kills_of_runs.py)
+reads          mixed_reads: reads of a year during its rebuild that saw a mixture
 
-CPU times are those of the whole command, with its start, in milliseconds per site-year.
+The sites of `rerun` are squares of 48 pixels next to each other, over one simulated archive of two
+years. Such sites have few pixels, so most of a run's time is overhead. CPU times are those of the
+whole command, with its start, in milliseconds per site-year. Use an idle machine.
 """
 
 from __future__ import annotations
@@ -22,11 +36,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
+import run_engines
+import run_status
 import shapely
 from pyproj import Transformer
 
@@ -41,28 +58,108 @@ SIDE_M = 480
 _PER_ROW = 12
 _CRS = 32633
 _CORNER_M = (360000, 5600040)  # of the first site
+Figures = dict[str, Any]
 _INSET_M = 5  # keeps corners within a pixel, so that grids have the given size
 
 
 def main() -> None:
-    """Measure all figures, print them and write the JSON."""
+    """Measure the chosen figures, print them and write the JSON."""
+    options = _parse_options()
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    figures: dict[str, Any] = {"machine": machine}
+    for name in options.only.split(","):
+        figures |= MEASUREMENTS[name](options)
+        print(f"{name} done", file=sys.stderr, flush=True)
+    print(format_table(("figure", "value"), list(figures.items())))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
     parser.add_argument(
+        "--only", default=",".join(MEASUREMENTS), help="measurements, comma-separated (all)"
+    )
+    parser.add_argument(
         "--sites", type=int, default=SITES, help=f"number of tiny sites ({SITES}, at most 144)"
     )
+    parser.add_argument("--kills", type=int, default=200, help="number of kills (200)")
+    parser.add_argument("--reads", type=int, default=10_000, help="reads during rebuilds (10000)")
     options = parser.parse_args()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    figures: dict[str, Any] = {"machine": machine, "sites": options.sites, "years": len(YEARS)}
+    unknown = set(options.only.split(",")) - MEASUREMENTS.keys()
+    if unknown:
+        parser.error(f"--only {min(unknown)}: expected some of {', '.join(MEASUREMENTS)}")
+    return options
+
+
+def _measure_rerun(options: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         make_world(Path(folder), options.sites)
-        figures |= measure_rerun(Path(folder), options.sites)
-    print(format_table(("figure", "value"), list(figures.items())))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        figures = measure_rerun(Path(folder), options.sites)
+    return {"sites": options.sites, "years": len(YEARS), **figures}
+
+
+def _measure_overhead_local(_: argparse.Namespace) -> Figures:
+    return {"overhead_local_s": run_engines.measure_overhead("local")}
+
+
+def _measure_overhead_dask(_: argparse.Namespace) -> Figures:
+    return {"overhead_dask_s": run_engines.measure_overhead("dask")}
+
+
+def _measure_two_workers(_: argparse.Namespace) -> Figures:
+    return {"two_workers_ratio": run_engines.measure_two_workers()}
+
+
+def _measure_in_run(_: argparse.Namespace) -> Figures:
+    return {"in_run_ratio": run_engines.measure_in_run()}
+
+
+def _measure_status_1330(_: argparse.Namespace) -> Figures:
+    measured = run_status.measure_status(sites=133, years=10)
+    return {f"status_1330_{unit}": value for unit, value in measured.items()}
+
+
+def _measure_status_450000(_: argparse.Namespace) -> Figures:
+    measured = run_status.measure_status(sites=45_000, years=10)
+    return {f"status_450000_{unit}": value for unit, value in measured.items()}
+
+
+def _measure_kills(options: argparse.Namespace) -> Figures:
+    tally = _run_campaign("kills_of_runs.py", "--kills", str(options.kills))
+    return {name: tally[name] for name in ("kills", "kills_identical")}
+
+
+def _measure_reads(options: argparse.Namespace) -> Figures:
+    words = ["--pairs", "0", "--where", "folder", "--reads", str(options.reads)]
+    return {"mixed_reads": _run_campaign("campaign.py", *words)["mixed_reads"]}
+
+
+def _run_campaign(script: str, *words: str) -> dict[str, Any]:
+    """Run a script of tests/chaos. Returns its tally, also if it has found problems."""
+    path = Path(__file__).parents[1] / "tests" / "chaos" / script
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "tally.json"
+        subprocess.run([sys.executable, str(path), *words, "--json", str(out)], check=False)
+        tally: dict[str, Any] = json.loads(out.read_text())
+    return tally
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
+    "rerun": _measure_rerun,
+    "overhead_local": _measure_overhead_local,
+    "overhead_dask": _measure_overhead_dask,
+    "two_workers": _measure_two_workers,
+    "in_run": _measure_in_run,
+    "status_1330": _measure_status_1330,
+    "status_450000": _measure_status_450000,
+    "kills": _measure_kills,
+    "reads": _measure_reads,
+}
 
 
 # A world of tiny sites

@@ -155,3 +155,24 @@ def built(world: Path) -> Path:
     from known_builds import build_world
 
     return build_world(world)
+
+
+@pytest.fixture(scope="session")
+def run_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes, sites, polygons and a network for runs of a tiny dataset. Tests must not change it."""
+    from known_runs import make_run_world  # loads torch
+
+    return make_run_world(tmp_path_factory.mktemp("run_world"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, run_world: Path) -> Path:
+    """Folder of a tiny dataset after a whole run of it. Tests must not change it."""
+    from known_runs import dataset_in, start_fork_server  # loads torch
+    from minecube.jobs.runs import run
+
+    start_fork_server()
+    folder = tmp_path_factory.mktemp("finished_run")
+    summary = run(dataset_in(folder, run_world))
+    assert summary.exit_code == 0, summary
+    return folder

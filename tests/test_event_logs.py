@@ -1,132 +1,146 @@
-"""Event logs of workers in a store: written, read, cut, and counted."""
+"""Event logs of workers: what survives a kill or a full disk, who is alive, and what they tell."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 from minecube import cube
-from minecube.cube import events
-from minecube.cube.events import DEAD_S, EventLog, read_events
-from minecube.errors import CubeError
+from minecube.cube.events import DEAD_S, PART_LINES, EventLog, read_events
+from minecube.jobs.runs.finished import list_finished, note_finished, read_finished
 from minecube.jobs.runs.history import History
 from minecube.jobs.runs.units import Unit
 
-START = {"event": "start", "step": "build", "site": "pit", "year": 2020, "attempt": 1}
-END = {**START, "event": "end", "state": "failed", "error_class": "network", "message": "no answer"}
-
-
-def log_file(store, log):
-    return store.path / ".runs" / "events" / f"{log.worker}.jsonl"
+BUILD = {"step": "build", "site": "pit", "year": 2020}
 
 
 @pytest.fixture
-def store(tmp_path):
-    return cube.Store(tmp_path / "cubes.zarr")
+def store(tmp_path: Path) -> cube.Store:
+    (tmp_path / "cubes.zarr").mkdir()
+    return cube.Store(str(tmp_path / "cubes.zarr"))
 
 
-def test_events_come_back_with_worker_and_machine(store):
+def log_file(store: cube.Store, log: EventLog) -> Path:
+    assert store.path is not None
+    return store.path / ".runs" / "events" / f"{log.worker}.jsonl"
+
+
+def set_age(path: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_a_store_without_runs_has_no_events(store: cube.Store) -> None:
+    events = read_events(store)
+    assert len(events.table) == 0
+    assert events.alive == frozenset()
+    assert History.from_events(events).count_attempts(Unit("build", "pit", 2020)) == 0
+
+
+def test_events_of_all_workers_come_by_time(store: cube.Store) -> None:
+    logs = [EventLog(store), EventLog(store)]
+    for number in range(6):
+        logs[number % 2].write({"event": "start", **BUILD, "attempt": number})
+        time.sleep(0.002)
+    table = read_events(store).table
+    assert table["attempt"].tolist() == list(range(6))
+    assert table["worker"].tolist() == [logs[n % 2].worker for n in range(6)]
+
+
+@pytest.mark.parametrize("cut", [1, 20, 90])
+def test_a_line_cut_by_a_full_disk_spoils_no_other(store: cube.Store, cut: int) -> None:
     log = EventLog(store)
-    log.write(START)
-    log.write({**END, "seconds": 1.5, "bytes": 1000})
-    found = read_events(store)
-    assert list(found.table["event"]) == ["start", "end"]
-    assert list(found.table["worker"]) == [log.worker] * 2
-    assert found.table["seconds"][1] == 1.5
-    assert found.alive == {log.worker}
+    log.write({"event": "start", **BUILD, "attempt": 1})
+    path = log_file(store, log)
+    whole = path.read_bytes()
+    log.write({"event": "end", **BUILD, "attempt": 1, "state": "failed"})
+    path.write_bytes(path.read_bytes()[: len(whole) + cut])
+    log.write({"event": "start", **BUILD, "attempt": 2})
+    table = read_events(store).table
+    assert table["attempt"].tolist() == [1, 2]
+    assert table["event"].tolist() == ["start", "start"]
 
 
-def test_a_line_is_json_with_an_iso_time(store):
+def test_a_worker_without_a_heartbeat_is_dead_and_its_unit_interrupted(store: cube.Store) -> None:
+    alive, dead = EventLog(store), EventLog(store)
+    alive.write({"event": "start", **BUILD, "attempt": 1})
+    dead.write({"event": "start", **BUILD, "site": "pond", "attempt": 1})
+    set_age(log_file(store, alive), DEAD_S - 20)
+    set_age(log_file(store, dead), DEAD_S + 20)
+    events = read_events(store)
+    assert events.alive == {alive.worker}
+    units = History.from_events(events).units
+    assert units["running"].to_dict() == {
+        ("build", "pit", 2020): True,
+        ("build", "pond", 2020): False,
+    }
+    assert units["interrupted"].tolist() == [False, True]
+
+
+def test_a_heartbeat_touches_the_log(store: cube.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minecube.cube.events.BEAT_S", 0.01)
     log = EventLog(store)
-    log.write(START)
-    line = json.loads(log_file(store, log).read_text())
-    assert line["site"] == "pit"
-    assert line["time"].endswith("+00:00")
-    assert "message" not in line  # empty values are left out
-
-
-def test_a_store_without_logs_has_no_events(store):
-    assert read_events(store).table.empty
-
-
-def test_a_line_cut_by_a_full_disk_spoils_no_other(store):
-    log = EventLog(store)
-    log.write(START)
-    with log_file(store, log).open("ab") as file:
-        file.write(b'\n{"event": "end", "si')  # cut here
-    log.write(END)
-    assert list(read_events(store).table["event"]) == ["start", "end"]
-
-
-def test_a_log_of_one_cut_line_is_empty(store):
-    log = EventLog(store)
-    log.write(START)
-    log_file(store, log).write_bytes(b'\n{"event": "sta')
-    assert read_events(store).table.empty
-
-
-def test_a_full_disk_is_reported(store, monkeypatch):
-    log = EventLog(store)
-    store.path.mkdir()
-    (store.path / ".runs").write_text("a file where the folder belongs")
-    with pytest.raises(CubeError, match="cannot be written"):
-        log.write(START)
-
-
-def test_an_old_log_belongs_to_a_dead_worker(store):
-    log = EventLog(store)
-    log.write(START)
-    old = time.time() - DEAD_S - 5
-    os.utime(log_file(store, log), (old, old))
-    found = read_events(store)
-    assert not found.alive
-    units = History.from_events(found).units
-    assert bool(units.loc[("build", "pit", 2020), "interrupted"])
-    assert not bool(units.loc[("build", "pit", 2020), "running"])
-
-
-def test_a_beating_worker_stays_alive(store, monkeypatch):
-    monkeypatch.setattr(events, "BEAT_S", 0.01)
-    log = EventLog(store)
-    log.write(START)
-    file = log_file(store, log)
-    os.utime(file, (1, 1))
+    log.write({"event": "start", **BUILD})
+    set_age(log_file(store, log), 2 * DEAD_S)
+    assert read_events(store).alive == frozenset()
     with log.beating():
         deadline = time.monotonic() + 20
-        while file.stat().st_mtime == 1 and time.monotonic() < deadline:
+        while not read_events(store).alive and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert file.stat().st_mtime > 1
+    assert read_events(store).alive == {log.worker}
 
 
-def test_attempts_and_the_last_end_count(store):
+def test_history_counts_attempts_and_remembers_the_last_end(store: cube.Store) -> None:
     log = EventLog(store)
-    for _ in range(2):
-        log.write(START)
-        log.write(END)
+    for attempt, state in ((1, "failed"), (2, "failed"), (3, "done")):
+        log.write({"event": "start", **BUILD, "attempt": attempt})
+        log.write({"event": "end", **BUILD, "attempt": attempt, "state": state})
+        if attempt == 2:
+            history = History.from_events(read_events(store))
+            assert history.has_failed("pit", 2020)
+            assert [unit for unit, _ in history.failures()] == [Unit("build", "pit", 2020)]
     history = History.from_events(read_events(store))
-    unit = Unit("build", "pit", 2020)
-    assert history.count_attempts(unit) == 2
-    assert history.has_failed("pit", 2020)
-    log.write(START)
-    log.write({**END, "state": "done"})
-    history = History.from_events(read_events(store))
-    assert history.count_attempts(unit) == 3
+    assert history.count_attempts(Unit("build", "pit", 2020)) == 3
     assert not history.has_failed("pit", 2020)
-    assert history.count_attempts(Unit("build", "pit", 2021)) == 0
+    assert list(history.failures()) == []
 
 
-def test_logs_in_an_object_store(bucket):
+def test_logs_in_an_object_store_are_parts_of_bounded_size(bucket: str) -> None:
     store = cube.Store(f"{bucket}/cubes.zarr")
     log = EventLog(store)
-    other = EventLog(store)
-    for year in range(events.PART_LINES + 5):
-        log.write({**START, "year": 2000 + year})
-    other.write(END)
-    found = read_events(store)
-    assert len(found.table) == events.PART_LINES + 6
-    assert found.alive == {log.worker, other.worker}
-    parts = [entry["path"] for batch in store.client().list(".runs/events") for entry in batch]
-    assert len(parts) == 3  # two parts of the long log, one of the other
+    for attempt in range(PART_LINES + 5):
+        log.write({"event": "start", **BUILD, "attempt": attempt})
+    table = read_events(store).table
+    assert sorted(table["attempt"]) == list(range(PART_LINES + 5))
+    keys = [entry["path"] for batch in store.client().list(".runs") for entry in batch]
+    assert [key.rpartition("/")[2] for key in sorted(keys)] == ["0001.jsonl", "0002.jsonl"]
+
+
+# Notes of finished steps
+
+
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_notes_of_finished_steps(
+    where: str, store: cube.Store, request: pytest.FixtureRequest
+) -> None:
+    if where == "bucket":
+        store = cube.Store(f"{request.getfixturevalue('bucket')}/cubes.zarr")
+    assert read_finished(store, "label", "pit") == {}
+    note_finished(store, "label", "pit", "a", {"x": 1})
+    note_finished(store, "label", "pit", "b", {"x": 2})
+    note_finished(store, "label", "pond", "c", {})
+    assert read_finished(store, "label", "pit")["outputs"] == {"x": 2}
+    assert list_finished(store, "label", ["pit", "pool", "pond"]) == {"pit": "b", "pond": "c"}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({"inputs": "a"})])
+def test_a_damaged_note_counts_as_unfinished(store: cube.Store, content: str) -> None:
+    note_finished(store, "label", "pit", "a", {})
+    assert store.path is not None
+    (store.path / ".runs" / "steps" / "label" / "pit.json").write_text(content)
+    assert read_finished(store, "label", "pit") == {}
+    assert list_finished(store, "label", ["pit"]) == {}

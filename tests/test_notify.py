@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from known_runs import make_dataset
+from known_run_failures import make_dataset
 from minecube.jobs.runs import RunOptions, Summary, run
 from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.units import Unit

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from known_builds import run_here
-from known_runs import log_failure, log_start, make_dataset, write_dataset
+from known_run_failures import log_failure, log_start, make_dataset, write_dataset
 from minecube import cube
 from minecube.cube.events import EventLog, read_events
 from minecube.jobs.runs import RunOptions, run

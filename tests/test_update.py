@@ -14,7 +14,7 @@ import pytest
 import xarray as xr
 
 from known_builds import items_of, run_here, write_items
-from known_runs import make_dataset, write_dataset
+from known_run_failures import make_dataset, write_dataset
 from known_stores import files_of
 from minecube import cube
 from minecube.catalog import load_recipes

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -148,6 +149,14 @@ def _list_years(store: Store, site: str) -> list[tuple[str, int]]:
     else:
         names = store.list_folders(f"{site}/builds")
     return [(site, int(name)) for name in sorted(names) if name.isdigit()]
+
+
+def read_seals(store: Store, paths: Iterable[str]) -> list[str]:
+    """Return `read_seal` of each path. Reads several at a time from an object store."""
+    if store.path is not None:
+        return [read_seal(store, path) for path in paths]
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(partial(read_seal, store), paths))
 
 
 def read_seal(store: Store, path: str) -> str:

@@ -211,9 +211,8 @@ class DaskWorkers:
         )
 
     def is_death(self, error: BaseException) -> bool:
-        """Whether the worker died, or the scheduler lost the task."""
-        names = {kind.__name__ for kind in type(error).__mro__}
-        return isinstance(error, CancelledError) or "KilledWorker" in names
+        """Whether workers died."""
+        return "KilledWorker" in {kind.__name__ for kind in type(error).__mro__}
 
     def close(self) -> None:
         """Leave the workers to the cluster."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from minecube import cube, scenes
 from minecube.catalog import Dataset, format_years
-from minecube.errors import CatalogError
+from minecube.errors import CatalogError, WorkerError
 from minecube.grid import grid_of
 from minecube.jobs.failures import classify, describe_failure
 from minecube.jobs.runs.engines import Engine, open_engine
@@ -45,6 +45,7 @@ def run(
     Raises:
         CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
         CubeError: the store is of another dataset, or cannot be read or written.
+        WorkerError: the Dask scheduler is gone. Finished units are safe.
     """
     options = options or RunOptions()
     start = time.monotonic()
@@ -70,7 +71,9 @@ def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
     steps = list_steps(dataset, options.only)
     sites = match_names(options.sites, list(inputs.sites), dataset.id)
     years = choose_years(dataset, options.years)
-    check_store(inputs, sites)
+    shard = options.shard
+    in_shard = sites if shard is None else [site for site in sites if shard.has_any(site, years)]
+    check_store(inputs, in_shard)
     return Plan.make(inputs, options, steps, sites, years)
 
 
@@ -193,6 +196,8 @@ class _Driver:
         """Return the result of a unit; None if it will be tried again."""
         try:
             result = future.result()
+        except CancelledError as error:  # no code here cancels units, so the scheduler is gone
+            raise WorkerError(describe_failure(error)) from error
         except BaseException as error:
             if self._engine is None or not self._engine.is_death(error):
                 if not isinstance(error, Exception):

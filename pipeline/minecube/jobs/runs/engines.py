@@ -8,15 +8,17 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Protocol
 
 from minecube.catalog import Cluster, Dataset
 from minecube.jobs.runs.inputs import choose_cluster
+from minecube.jobs.runs.processes import Processes
 from minecube.jobs.runs.steps import Limits
 from minecube.jobs.runs.units import Unit
 from minecube.jobs.runs.worker import Result, run_unit
@@ -77,40 +79,28 @@ def _end_with_parent() -> None:
 
 @dataclass
 class Local:
-    """Processes on this machine. A dead process is replaced, and its units start again."""
+    """Processes on this machine. A dead process is replaced, and its unit starts again."""
 
     dataset: Dataset
     cluster: Cluster
     workers: int = field(init=False)
     threads: int = field(init=False)
-    _pool: ProcessPoolExecutor = field(init=False)
+    _processes: Processes = field(init=False)
 
     def __post_init__(self) -> None:
         self.workers = self.dataset.workers or self.cluster.workers or count_cores()
         self.threads = self.cluster.threads or max(count_cores() // self.workers, 1)
-        self._pool = self._make_pool()
-
-    def _make_pool(self) -> ProcessPoolExecutor:
         # A server that has imported this module starts workers in milliseconds. It has no threads,
         # so its forks are safe.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        return ProcessPoolExecutor(
-            self.workers,
-            mp_context=context,
-            initializer=_start_worker,
-            initargs=(self.cluster.temporary,),
-        )
+        initializer = partial(_start_worker, self.cluster.temporary)
+        self._processes = Processes(self.workers, context, initializer)
 
     def submit(self, unit: Unit, limits: Limits, attempt: int) -> Future[Result]:
         """Hand a unit to a process."""
         limits = share_requests(limits, self.cluster, self.workers)
-        try:
-            return self._pool.submit(run_unit, self.dataset, unit, limits, attempt)
-        except BrokenProcessPool:  # a process died while none of its units was awaited
-            self._pool.shutdown(wait=False)
-            self._pool = self._make_pool()
-            return self._pool.submit(run_unit, self.dataset, unit, limits, attempt)
+        return self._processes.submit(run_unit, self.dataset, unit, limits, attempt)
 
     def is_death(self, error: BaseException) -> bool:
         """Whether a process died."""
@@ -118,14 +108,11 @@ class Local:
 
     def close(self) -> None:
         """End all processes."""
-        self._pool.shutdown(wait=True)
+        self._processes.shutdown()
 
     def stop(self) -> None:
         """Kill all processes."""
-        for process in list((self._pool._processes or {}).values()):
-            with suppress(ProcessLookupError):
-                process.kill()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._processes.kill()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from minecube import export, report
 from minecube.digests import sha256_of_json
 from minecube.errors import MinecubeError
 from minecube.jobs.audit import Audit, save_audit
-from minecube.jobs.runs.finished import note_finished, read_finished
+from minecube.jobs.runs.finished import list_finished, note_finished, read_finished
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.runs.site_steps import counts_file
 from minecube.jobs.score import Counts, join_counts, read_counts
@@ -34,8 +34,7 @@ def join_results(inputs: Inputs, steps: Iterable[str]) -> dict[str, str]:
     for step in steps:
         if step not in _JOINS:
             continue
-        notes = {site: read_finished(inputs.store, step, site) for site in inputs.sites}
-        finished = {site: note["inputs"] for site, note in notes.items() if note}
+        finished = list_finished(inputs.store, step, inputs.sites)
         described = sha256_of_json(finished)
         if not finished or read_finished(inputs.store, "joined", step).get("inputs") == described:
             continue

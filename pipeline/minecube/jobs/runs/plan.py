@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 
 from minecube.cube.events import read_events
-from minecube.cube.read.summaries import Commit, read_commits, read_seal
+from minecube.cube.read.summaries import Commit, read_commits, read_seals
 from minecube.digests import sha256_of_json
 from minecube.errors import MinecubeError
 from minecube.jobs.runs.finished import read_finished
@@ -45,7 +46,6 @@ class Plan:
     years: Sequence[int]
     commits: dict[tuple[str, int], Commit]
     """At the start of the run."""
-    history: History
     stale_check: StaleCheck
     summary: Summary = field(default_factory=Summary)
 
@@ -58,11 +58,21 @@ class Plan:
         sites: Sequence[str],
         years: Sequence[int],
     ) -> Plan:
-        """Read markers and events of all site-years."""
-        site_years = ((site, year) for site in sites for year in years)
+        """Read the markers of all site-years, or of those in the shard."""
+        shard = options.shard
+        site_years = (
+            (site, year)
+            for site in sites
+            for year in years
+            if shard is None or shard.has(site, year)
+        )
         commits = read_commits(inputs.store, site_years)
-        history = History.from_events(read_events(inputs.store))
-        return cls(inputs, options, steps, sites, years, commits, history, StaleCheck(inputs))
+        return cls(inputs, options, steps, sites, years, commits, StaleCheck(inputs))
+
+    @cached_property
+    def history(self) -> History:
+        """Earlier attempts. They are read with the first unfinished unit: a rerun needs none."""
+        return History.from_events(read_events(self.inputs.store))
 
     def walk(self, site: str) -> Iterator[list[Unit] | Barrier]:
         """Yield the unfinished units of each step of a site. Resume when they have ended."""
@@ -186,7 +196,8 @@ class Plan:
         """
         for model in self.inputs.dataset.models:
             path = f"predictions/{model.name}"
-            seals = {site: read_seal(self.inputs.store, f"{site}/{path}") for site in self.sites}
+            paths = [f"{site}/{path}" for site in self.sites]
+            seals = dict(zip(self.sites, read_seals(self.inputs.store, paths), strict=True))
             mapped = {site: seal for site, seal in seals.items() if seal}
             described = sha256_of_json([asdict(self.inputs.dataset)["tracks"], mapped])
             if (

@@ -67,6 +67,10 @@ class Shard:
         digest = hashlib.sha256(f"{site} {year}".encode()).digest()
         return int.from_bytes(digest[:8], "big") % self.count == self.index - 1
 
+    def has_any(self, site: str, years: Iterable[int]) -> bool:
+        """Whether the site itself, or one of these years of it, is in this part."""
+        return any(self.has(site, year) for year in (0, *years))
+
 
 def list_steps(dataset: Dataset, only: Iterable[str] | None = None) -> list[str]:
     """List the steps of a dataset in order, or those of `only`.

@@ -1,0 +1,108 @@
+"""Worker processes that each work on one task at a time.
+
+If one process of a `ProcessPoolExecutor` dies, the executor ends all others and fails all waiting
+tasks. Here, each process has an executor of its own. A death fails the task that it was working on,
+and no other.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from typing import Any
+
+
+@dataclass
+class _Task:
+    """A task that waits for a process or is in work."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    future: Future[Any]
+
+
+class Processes:
+    """Up to `count` processes. Each starts with its first task; a dead one is replaced."""
+
+    def __init__(
+        self, count: int, context: BaseContext, initializer: Callable[[], None] | None = None
+    ) -> None:
+        self._context = context
+        self._initializer = initializer
+        self._idle = [self._make_executor() for _ in range(count)]
+        self._busy: set[ProcessPoolExecutor] = set()
+        self._waiting: deque[_Task] = deque()
+        self._lock = threading.Lock()
+
+    def _make_executor(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(1, mp_context=self._context, initializer=self._initializer)
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Hand a task to the next free process.
+
+        The future raises BrokenProcessPool if the process dies.
+        """
+        task = _Task(function, args, Future())
+        with self._lock:
+            self._waiting.append(task)
+        self._start_tasks()
+        return task.future
+
+    def _start_tasks(self) -> None:
+        """Hand waiting tasks to idle processes."""
+        while True:
+            with self._lock:
+                if not (self._idle and self._waiting):
+                    return
+                executor = self._idle.pop()  # the one that worked last: it has warm caches
+                task = self._waiting.popleft()
+                try:
+                    started = executor.submit(task.function, *task.args)
+                except BrokenProcessPool:  # it died without a task
+                    executor.shutdown(wait=False)
+                    executor = self._make_executor()
+                    started = executor.submit(task.function, *task.args)
+                self._busy.add(executor)
+            self._pass_on(started, task, executor)
+
+    def _pass_on(self, started: Future[Any], task: _Task, executor: ProcessPoolExecutor) -> None:
+        """Pass a task's end on to its future, and its process to the next task."""
+
+        def end(ended: Future[Any]) -> None:
+            error = None if ended.cancelled() else ended.exception()
+            with self._lock:
+                self._busy.discard(executor)
+                is_dead = isinstance(error, BrokenProcessPool)
+                self._idle.append(self._make_executor() if is_dead else executor)
+            self._start_tasks()
+            if ended.cancelled():
+                task.future.cancel()
+            elif error is not None:
+                task.future.set_exception(error)
+            else:
+                task.future.set_result(ended.result())
+
+        started.add_done_callback(end)
+
+    def shutdown(self) -> None:
+        """End all processes. No task is in work."""
+        for executor in self._idle:
+            executor.shutdown(wait=True)
+
+    def kill(self) -> None:
+        """Kill all processes. Waiting tasks never start; the futures of others fail."""
+        with self._lock:
+            self._waiting.clear()
+            executors = [*self._idle, *self._busy]
+        for executor in executors:
+            for process in list((executor._processes or {}).values()):
+                with suppress(ProcessLookupError):
+                    process.kill()
+        for executor in executors:
+            executor.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,79 @@
+"""Worker processes: which tasks a death fails, and which it leaves alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import wait
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+
+from known_runs import start_fork_server
+from minecube.jobs.runs.processes import Processes
+
+
+@pytest.fixture
+def processes() -> Iterator[Processes]:
+    start_fork_server()
+    made = Processes(2, multiprocessing.get_context("forkserver"))
+    yield made
+    made.kill()
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def pid_after(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(text: str) -> None:
+    raise ValueError(text)
+
+
+def test_results_and_errors_belong_to_their_tasks(processes: Processes) -> None:
+    results = [processes.submit(square, number) for number in range(8)]
+    failed = processes.submit(fail, "no such mine")
+    assert [future.result(60) for future in results] == [n * n for n in range(8)]
+    with pytest.raises(ValueError, match="no such mine"):
+        failed.result(60)
+
+
+def test_a_death_fails_its_own_task_only(processes: Processes) -> None:
+    """Tasks in work and waiting tasks end as if no other had died."""
+    long = processes.submit(pid_after, 1.0)
+    dead = [processes.submit(die) for _ in range(3)]
+    waiting = [processes.submit(square, number) for number in range(5)]
+    wait([long, *dead, *waiting], timeout=60)
+    assert [type(future.exception()) for future in dead] == [BrokenProcessPool] * 3
+    assert long.exception() is None
+    assert [future.result() for future in waiting] == [0, 1, 4, 9, 16]
+
+
+def test_a_process_that_died_without_a_task_is_replaced(processes: Processes) -> None:
+    first = processes.submit(pid_after, 0.0).result(60)
+    os.kill(first, signal.SIGKILL)
+    time.sleep(0.2)
+    second = processes.submit(pid_after, 0.0)
+    wait([second], timeout=60)
+    # The death is noticed before the task, or ends it.
+    if second.exception() is None:
+        assert second.result() != first
+    else:
+        assert isinstance(second.exception(), BrokenProcessPool)
+    assert processes.submit(square, 3).result(60) == 9
+
+
+def test_no_more_processes_than_asked_for_work_at_once(processes: Processes) -> None:
+    pids = {processes.submit(pid_after, 0.05) for _ in range(10)}
+    assert len({future.result(60) for future in pids}) <= 2
