@@ -50,8 +50,11 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/release.py --json build/release.json
 	$(BIN)/python benchmarks/windows.py --json build/windows.json
 	$(BIN)/python benchmarks/tracks.py --json build/tracks.json
+	$(BIN)/python benchmarks/mission.py --json build/mission.json
+	$(BIN)/python benchmarks/mixed_reads.py --json build/mixed_reads.json
 	$(BIN)/python benchmarks/score.py --json build/score.json
 	$(BIN)/python benchmarks/predict.py --json build/predict.json
+	$(BIN)/python benchmarks/runs.py --json build/runs.json
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

@@ -17,9 +17,8 @@ from odc.geo.geobox import GeoBox
 
 from known_scenes import Archive, site_of
 from known_servers import write_band
-from minecube import network
+from minecube import network, places
 from minecube.catalog import Site
-from minecube.cube import store
 from minecube.reader import remote
 from minecube.scenes import api as stac_api
 from minecube.scenes import item_file
@@ -95,7 +94,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             urllib.request.urlopen(
                 urllib.request.Request(f"{endpoint}/{path}", method=method), timeout=20
             )
-        store._client.cache_clear()  # its clients know the server of an earlier test
+        places._client.cache_clear()  # its clients know the server of an earlier test
         yield "s3://mines"
     finally:
         server.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from click.testing import CliRunner
 from known_scenes import site_of
 from minecube.cli import cli
 from minecube.simulate import World, simulate_archive
+
+PROGRESS = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\dZ ")
 
 
 def run(*arguments, ok=0, cwd=None):
@@ -29,6 +32,11 @@ def run_here(*arguments, ok=0):
     done = CliRunner().invoke(cli, [str(a) for a in arguments])
     assert done.exit_code == ok, f"exit {done.exit_code}\n{done.output}"
     return done.stdout, done.stderr
+
+
+def messages_in(err):
+    """Return the lines of standard error apart from progress, which begins with the time."""
+    return [line for line in err.splitlines() if not PROGRESS.match(line)]
 
 
 def make_world(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 import types
 from pathlib import Path
@@ -15,11 +16,13 @@ import rasterio.features
 import xarray as xr
 from click.testing import CliRunner
 
+from known_builds import PROGRESS
 from minecube import cube, metrics, models, tracks
 from minecube.catalog import load_presets
 from minecube.cli import cli
 from minecube.jobs import bench as job
 from minecube.jobs.score_tables import ScoreTables
+from minecube.places import Url
 
 YEARS = (2019, 2020, 2021)
 CARDS = """
@@ -78,7 +81,8 @@ def bench(world, out, *more, ok=0):
 def out(world, tmp_path_factory):
     """After a first run of one network, as if it had been stopped, and a whole one."""
     folder = tmp_path_factory.mktemp("tables")
-    bench(world, folder, *SPLIT, "--models", "mini")
+    log = bench(world, folder, *SPLIT, "--models", "mini")
+    (folder / "log").write_text(log)
     (folder / "first").write_bytes((folder / "models" / "mini.pt").read_bytes())
     bench(world, folder)
     return folder
@@ -121,6 +125,17 @@ def test_labels_are_the_truths_pixels(world):
             ).mean() < 0.002  # corners moved by the way through degrees
         assert opened["footprint"].values.any()
         assert not (world / "worlds" / name).exists()
+
+
+def test_without_a_terminal_every_step_logs_lines(out):
+    """24 windows of batches of 8 are 3 steps; one network and its smoothed maps on two sites."""
+    lines = (out / "log").read_text().splitlines()
+    texts = [line[len("2026-11-30 16:47:25Z ") :] for line in lines if PROGRESS.match(line)]
+    assert texts[:2] == ["preparing", "1 of 1: mini"]
+    assert texts[2].startswith("training mini 1 of 6: epoch 1, loss ")
+    assert any(text.startswith("training mini 6 of 6: epoch 2, loss ") for text in texts)
+    assert any(re.fullmatch(r"mapping test_1 (\d+) of \1", text) for text in texts)
+    assert any(text.startswith("scoring 4 of 4: test_2 ") for text in texts)
 
 
 def test_both_tables_have_every_network_and_what_must_lose(out):
@@ -258,3 +273,16 @@ def test_of_a_single_year_there_is_no_change_to_score(world, out, tmp_path, monk
     change = rows(tmp_path / "change.md")["mini"]
     assert (change["change_f1"], change["F1, gap 1"]) == ("n/a", "")
     assert rows(tmp_path / "mapping.md")["mini"]["flips"] == "n/a"
+
+
+def test_in_an_object_store(world, out, bucket):
+    """The same tables as on disk. A second run trains nothing."""
+    place = Url(f"{bucket}/bench")
+    printed = bench(world, place)
+    assert "s3://mines/bench/scores/counts.json" in printed
+    for name in ("bench.json", "change.tex", "scores/counts.json", "scores/iou_by_year.png"):
+        assert (place / name).read_bytes() == (out / name).read_bytes()
+    head = place.client().head("bench/models/mini.pt")
+    assert not (place / "models" / "mini.pt.ckpt").exists()
+    assert bench(world, place) == printed
+    assert place.client().head("bench/models/mini.pt") == head

@@ -56,6 +56,7 @@ def test_train_predict_score_export(built, tmp_path):
         "pit_2020_reflectance.tif",
         "pit_2022_probability.tif",
         "pit_strip.png",
+        "pit_areas.png",
         "areas.png",
     } <= made
     kinds = [f"footprints_{kind}" for kind in ("labels", "mapped")]

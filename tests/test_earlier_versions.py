@@ -93,16 +93,17 @@ def test_all_of_it_is_read(store, packed):
 
 
 def test_work_goes_on(store, site):
-    """The year of which one block was built, a later year, labels, maps of the same model, and a packed file."""
-    cube.create_site(cube.Store(store), site, grid_of(site), (2021, 2022), RECIPE)
+    """The year of which one block was built, an earlier and a later year, labels, maps of the same model, and a packed file."""
+    cube.create_site(cube.Store(store), site, grid_of(site), (2018, 2021, 2022), RECIPE)
     assert not build(store, site, 2020)  # it is there
-    for year in (2021, 2022):
+    for year in (2018, 2021, 2022):
         assert build(store, site, year)
-    assert "pit: 2 years mapped" in run(
+    assert "pit: 3 years mapped" in run(
         "predict", "--store", store, "--model", EARLIER / "model.pt", "--name", "tiny"
     )
     opened = cube.open_committed(cube.Store(store), "pit").load()
-    for year in (2019, 2020, 2021, 2022):
+    assert opened.year.values.tolist() == [2018, 2019, 2020, 2021, 2022]
+    for year in (2018, 2019, 2020, 2021, 2022):
         np.testing.assert_array_equal(opened.reflectance.sel(year=year), pixels_of(year))
     masks = xr.zeros_like(opened.footprint)
     masks = masks.assign_coords(odc.geo.xr.xr_coords(grid_of(site)))

@@ -122,6 +122,8 @@ def test_one_format_writes_that_alone(made, tmp_path):
         ".png",
         ".tif",
     }
+    pictures = {str(p.relative_to(tmp_path / "b")) for p in (tmp_path / "b").rglob("*.png")}
+    assert pictures == {"areas.png", "pit/pit_areas.png", "pit/pit_strip.png"}
     out = run("export", "--store", made, "--out", tmp_path / "c", "--format", "croissant", ok=2)
     assert "add --format cog or --format netcdf" in out
     assert not (tmp_path / "c").exists()

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from minecube import cube
 from minecube.cli import COMMANDS, cli
 from minecube.cli.words import check_words
-from minecube.errors import CubeError
+from minecube.errors import PlaceError
 
 
 def options():
@@ -82,6 +82,6 @@ def test_places_that_may_hold_a_store(store, monkeypatch):
 
 def test_an_endpoint_that_is_no_url(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "s3.example.org")
-    with pytest.raises(CubeError, match=r"AWS_ENDPOINT_URL is 's3.example.org'; expected the URL"):
+    with pytest.raises(PlaceError, match=r"AWS_ENDPOINT_URL is 's3.example.org'; expected the URL"):
         cube.Store("s3://bucket/x").client()
     cube.Store("gs://bucket/x").client()

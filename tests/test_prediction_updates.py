@@ -13,10 +13,22 @@ import xarray as xr
 import zarr
 from zarr.core.attributes import Attributes
 
-from known_predictions import NET, PAIRS, build, expected, mapped, pit, store_of, whole, years
+from known_predictions import (
+    NET,
+    PAIRS,
+    RECIPE,
+    build,
+    expected,
+    mapped,
+    pit,
+    store_of,
+    whole,
+    years,
+)
 from minecube import cube
 from minecube.cube import Prediction
 from minecube.errors import BusyError, CubeError
+from minecube.grid import grid_of
 
 
 @pytest.fixture
@@ -182,9 +194,20 @@ def test_later_years_and_pairs_join_those_that_are_there(store, site):
     found = cube.open_change(store, "pit", "net")
     assert list(
         zip(found["first"].values.tolist(), found["second"].values.tolist(), strict=True)
-    ) == [PAIRS[n] for n in (1, 0, 2)]
-    np.testing.assert_array_equal(found[1], expected(PAIRS[0])[0])
+    ) == list(PAIRS)
+    for pair, values in zip(PAIRS, found, strict=True):
+        np.testing.assert_array_equal(values, expected(pair)[0])
     assert cube.verify(store).findings == ()
+
+
+def test_an_earlier_year_joins_those_that_are_there(store, site):
+    mapped(store, years(2019, 2020, 2021))
+    cube.create_site(store, site, grid_of(site), [2017], RECIPE)
+    build(store, site, 2017)
+    with pytest.raises(CubeError, match="mapped pit before 2017 was built as it is now"):
+        cube.open_probability(store, "pit", "net")
+    assert mapped(store, years(2017, 2019, 2020, 2021)) == years(2017)
+    whole(store, 2017, 2019, 2020, 2021)
 
 
 @pytest.mark.parametrize("dies_at", ["change", "first", "first written", "group"])

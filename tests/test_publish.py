@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,8 @@ import zarr
 
 from known_stores import build, make_hole, make_pit, run
 from minecube import codes, cube
+from minecube.errors import CubeError
+from minecube.export.publish import publish_release
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_nothing_is_no_release(growing, tmp_path):
     run("publish", *where, "--tag", "v1")
     cube.withdraw_years(cube.Store(store), "pit", [2019, 2020])
     assert "nothing to publish" in run("publish", *where, "--tag", "v2", ok=2)
-    assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == ["v1"]
+    assert [line.split()[0] for line in run("versions", where[-1]).splitlines()[2:]] == ["v1"]
 
 
 def mask_of(store, value):
@@ -67,7 +70,7 @@ def mask_of(store, value):
 
 def test_each_tag_keeps_what_the_store_was(growing, pit, hole, tmp_path):
     store, where = growing
-    assert "no Icechunk repository" in run("publish", *where, ok=2)
+    assert "no Icechunk repository" in run("versions", where[-1], ok=2)
     assert "v1 holds 2 site-years" in run("publish", *where, "--tag", "v1")
     first = cube.open_committed(cube.Store(store), "pit").load()
     cube.write_footprint(
@@ -88,29 +91,23 @@ def test_each_tag_keeps_what_the_store_was(growing, pit, hole, tmp_path):
     assert "EuroMineNet, CC-BY-4.0" in now.license
     assert "EuroMineNet" not in opened.license
 
-    assert run("publish", *where, "--diff", "v1", "v2").splitlines()[2:] == [
-        "pit   2020  footprint",
-        "pit   all   footprint (metadata)",  # its origin
-        "pit   all   footprint_fraction (metadata)",
-        "pit   all   site (metadata)",  # the licences
+    first_to_second = run("versions", where[-1], "--compare", "v1", "v2").splitlines()
+    assert first_to_second[2:] == [
+        "pit   2020  changed  footprint",
+        # its origin, and the licences
+        "pit   all   changed  metadata of footprint, footprint_fraction, site",
+        "1 sites differ (0 new, 0 gone), with 1 site-years (0 new, 0 gone, 1 changed)",
     ]
-    rows = [
-        line.split(maxsplit=2)
-        for line in run("publish", *where, "--diff", "v2", "v3").splitlines()[2:]
+    assert run("versions", where[-1], "--compare", "v2", "v3").splitlines()[2:] == [
+        "hole  all   new",
+        "pit   2019  changed  clear_count, provenance, reflectance",
+        "2 sites differ (1 new, 0 gone), with 1 site-years (0 new, 0 gone, 1 changed)",
     ]
-    assert ["hole", "all", "the whole site (new)"] in rows
-    assert {tuple(r) for r in rows if r[0] == "pit"} == {
-        ("pit", "2019", "reflectance"),
-        ("pit", "2019", "clear_count"),
-        ("pit", "2019", "provenance"),
-    }
-    back = [
-        line.split(maxsplit=2)
-        for line in run("publish", *where, "--diff", "v3", "v2").splitlines()[2:]
-    ]
-    assert back == [[s, y, w.replace("new", "gone")] for s, y, w in rows]
-    listed = run("publish", *where).splitlines()[2:]
+    back = run("versions", where[-1], "--compare", "v3", "v2").splitlines()[2:]
+    assert back[0] == "hole  all   gone"
+    listed = run("versions", where[-1]).splitlines()[2:]
     assert [line.split()[0] for line in listed] == ["v1", "v2", "v3"]
+    assert [line.endswith("  main") for line in listed] == [False, False, True]
 
 
 def test_years_that_are_not_committed_are_not_published(growing, pit, tmp_path):
@@ -135,11 +132,13 @@ def test_a_release_of_the_same_store_writes_nothing(growing):
     _, where = growing
     run("publish", *where, "--tag", "v1")
     assert "0 objects differed" in run("publish", *where, "--tag", "v2")
-    assert run("publish", *where, "--diff", "v1", "v2") == "v1 and v2 are the same\n"
+    assert run("versions", where[-1], "--compare", "v1", "v2") == "v1 and v2 are the same\n"
     assert "v2 already holds these 2 site-years; nothing was written" in run(
         "publish", *where, "--tag", "v2"
     )
-    assert "has no tag 'v9'; it has v1, v2" in run("publish", *where, "--diff", "v1", "v9", ok=2)
+    assert "has no tag 'v9'; it has v1, v2" in run(
+        "versions", where[-1], "--compare", "v1", "v9", ok=2
+    )
 
 
 def history(place):
@@ -184,7 +183,7 @@ def test_a_good_tag_is_listed_as_it_was_given(growing):
     _, where = growing
     for tag in ("v1.0_a-b", "2", "x" * 100):
         run("publish", *where, "--tag", tag)
-        assert tag in [line.split()[0] for line in run("publish", *where).splitlines()[2:]]
+        assert tag in [line.split()[0] for line in run("versions", where[-1]).splitlines()[2:]]
 
 
 def test_a_deleted_tag_leaves_main_as_it_was(growing, tmp_path):
@@ -208,7 +207,7 @@ def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
     run("publish", *where, "--tag", "v1")
     cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.MINE), "a mistake")
     run("publish", *where, "--tag", "v2")
-    assert "main is what it was at v1" in run("publish", *where, "--rollback", "v1")
+    assert "main is what it was at v1" in run("versions", where[-1], "--back-to", "v1")
     main = (
         icechunk.Repository.open(icechunk.local_filesystem_storage(str(tmp_path / "releases")))
         .readonly_session("main")
@@ -222,10 +221,9 @@ def test_rollback_goes_on_from_an_older_release(growing, tmp_path):
     ).all()  # the tag stays
     cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.BACKGROUND), "mended")
     run("publish", *where, "--tag", "v3")
-    assert "pit   2020  footprint\n" in run(
-        "publish", *where, "--diff", "v2", "v3"
-    )  # on both sides of the rollback
-    assert "has no tag 'v9'" in run("publish", *where, "--rollback", "v9", ok=2)
+    # on both sides of the rollback
+    assert "pit   2020  changed  footprint\n" in run("versions", where[-1], "--compare", "v2", "v3")
+    assert "has no tag 'v9'" in run("versions", where[-1], "--back-to", "v9", ok=2)
 
 
 def test_what_is_changed_back_is_no_difference(growing):
@@ -236,7 +234,7 @@ def test_what_is_changed_back_is_no_difference(growing):
     run("publish", *where, "--tag", "v2")
     cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.BACKGROUND), "a")
     run("publish", *where, "--tag", "v3")
-    assert run("publish", *where, "--diff", "v1", "v3") == "v1 and v3 are the same\n"
+    assert run("versions", where[-1], "--compare", "v1", "v3") == "v1 and v3 are the same\n"
 
 
 def test_a_site_that_is_gone_is_in_no_later_release(growing, hole, tmp_path):
@@ -244,7 +242,7 @@ def test_a_site_that_is_gone_is_in_no_later_release(growing, hole, tmp_path):
     build(str(store), hole, 2020)
     run("publish", *where, "--tag", "v1")
     run("publish", *where, "--tag", "v2", "--sites", "pit")
-    assert "hole  all   the whole site (gone)" in run("publish", *where, "--diff", "v1", "v2")
+    assert "hole  all   gone\n" in run("versions", where[-1], "--compare", "v1", "v2")
     assert list(
         zarr.open_group(session_of(tmp_path / "releases", tag="v2").store, mode="r").group_keys()
     ) == ["pit"]
@@ -304,7 +302,7 @@ def test_a_run_that_is_killed_can_be_repeated(growing, tmp_path, moment, tags, t
         subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode
         == -signal.SIGKILL
     )
-    assert [line.split()[0] for line in run("publish", *where).splitlines()[2:]] == tags
+    assert [line.split()[0] for line in run("versions", where[-1]).splitlines()[2:]] == tags
     assert then in run("publish", *where, "--tag", "v2")
     assert (released(tmp_path / "releases", "v2").footprint.sel(year=2020) == 1).all()
     assert "already holds" in run("publish", *where, "--tag", "v2")
@@ -320,14 +318,38 @@ def test_a_folder_of_something_else_is_left_alone(growing, tmp_path):
     (tmp_path / "file").write_text("a file")
     out = run("publish", "--store", store, "--icechunk", tmp_path / "file", "--tag", "v1", ok=2)
     assert "is no folder that can be used" in out
-    out = run("publish", "--store", store, "--icechunk", tmp_path / "file", ok=2)
+    out = run("versions", tmp_path / "file", ok=2)
     assert "expected a folder, found a file" in out
     assert "expected a folder or s3://" in run(
         "publish", "--store", store, "--icechunk", "ftp://a/b", "--tag", "v1", ok=2
     )
-    assert "give one of them" in run(
-        "publish", "--store", store, "--icechunk", "x", "--tag", "v1", "--rollback", "v1", ok=2
-    )
+    assert "give one" in run("versions", "x", "--compare", "v1", "v2", "--back-to", "v1", ok=2)
+
+
+class Meddling(zarr.storage.WrapperStore):
+    """A store that is written to when the first of its pixels are read."""
+
+    writes = ()
+
+    async def get(self, key, prototype, byte_range=None):
+        content = await super().get(key, prototype, byte_range)
+        if "reflectance/c/" in key and self.writes:
+            await asyncio.to_thread(self.writes.pop())
+        return content
+
+
+def test_a_store_that_is_written_while_it_is_published_is_no_version(growing, pit, tmp_path):
+    store, where = growing
+    run("publish", *where, "--tag", "v1")
+    before = history(tmp_path / "releases")
+    write = lambda: build(str(store), pit, 2019, 99, scene="S2B", overwrite=True)  # noqa: E731
+    meddling = type("Once", (Meddling,), {"writes": [write]})(cube.Store(store).open_zarr())
+    root = zarr.open_group(meddling, mode="r", use_consolidated=False)
+    years = {"pit": [2019, 2020]}
+    with pytest.raises(CubeError, match=r"pit/builds/2019/zarr.json: was written while"):
+        publish_release(root, years, str(tmp_path / "releases"), "v2", {"pit": {}})
+    assert history(tmp_path / "releases") == before
+    assert "v2 holds 2 site-years" in run("publish", *where, "--tag", "v2")
 
 
 def test_releases_on_s3(growing, monkeypatch):
@@ -353,7 +375,9 @@ def test_releases_on_s3(growing, monkeypatch):
         run("publish", *where, "--tag", "v1")
         cube.write_footprint(cube.Store(store), "pit", mask_of(store, codes.MINE), "a")
         run("publish", *where, "--tag", "v2")
-        assert "pit   2020  footprint\n" in run("publish", *where, "--diff", "v1", "v2")
+        assert "pit   2020  changed  footprint\n" in run(
+            "versions", where[-1], "--compare", "v1", "v2"
+        )
         storage = icechunk.s3_storage(
             bucket="cubes",
             prefix="releases",

@@ -10,7 +10,7 @@ import pytest
 from known_composites import FOUR, LEFT, PLAIN, TOP
 from known_scenes import grid_at
 from minecube.catalog import BestPixel, BrightOverride, HazeTest, MaskRule
-from minecube.composite import block, composite
+from minecube.composite import composite
 from minecube.errors import ReadError
 from minecube.reader import Ledger
 
@@ -136,7 +136,7 @@ def test_a_date_under_haze_is_no_choice_of_any_reducer(archive, reducer):
 
 
 @pytest.mark.parametrize("reducer", EVERY)
-def test_a_block_made_in_parts_is_the_same(archive, reducer, monkeypatch):
+def test_a_block_made_in_parts_is_the_same(archive, reducer):
     """So that memory has a bound whatever the number of dates."""
     grid = grid_at(
         LEFT, TOP, 180, 156
@@ -156,9 +156,8 @@ def test_a_block_made_in_parts_is_the_same(archive, reducer, monkeypatch):
     )
     listed, _ = four_bands(archive, np.random.default_rng(5), cloud=0.1, bright=0.02)
     whole = composite(listed, grid, recipe).compute()
-    monkeypatch.setattr(block, "BLOCK_BYTES", 2_000_000)
     ledger = Ledger()
-    parts = composite(listed, grid, recipe, ledger).compute()
+    parts = composite(listed, grid, recipe, ledger, block_bytes=2_000_000).compute()
     masks_read = ledger.table().query("band == 'SCL'")
     assert (masks_read.planned > 2).all()  # once a part
     for name in whole.data_vars:

@@ -30,10 +30,12 @@ from known_archives import (
     make_archive,
     spoil,
 )
+from known_builds import run_here
 from minecube import release
 from minecube.catalog import load_sites
 from minecube.errors import ReleaseError
 from minecube.grid import PIXEL_DEG
+from minecube.places import Url
 from minecube.release import audit as auditing
 from minecube.simulate.release import encode_tiff
 
@@ -243,3 +245,22 @@ def test_an_import_that_was_damaged_is_said_to_be(whole, tmp_path):
     (tmp_path / "made" / "sites.geojson").write_text("{")
     with pytest.raises(ReleaseError, match="holds no finished import"):
         release.open_import(tmp_path / "made")
+
+
+def test_an_import_into_an_object_store(whole, tmp_path, bucket):
+    """It has the same files as on disk, and other commands read them there."""
+    run_here("release", "import", whole[0], "--out", tmp_path / "made", "--release", "eurominenet")
+    place = Url(f"{bucket}/made")
+    for _ in range(2):  # the second import finds the first one
+        run_here("release", "import", whole[0], "--out", place)
+    names = sorted(path.name for path in (tmp_path / "made").iterdir())
+    stored = [entry["path"] for batch in place.client().list("made") for entry in batch]
+    assert sorted(stored) == [f"made/{name}" for name in names]
+    for name in names:
+        assert (place / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+    on_disk = run_here("release", "audit", tmp_path / "made", ok=1)
+    assert run_here("release", "audit", place, ok=1) == on_disk
+    _, err = run_here(
+        "release", "import", "http://127.0.0.1:9/a.zip", "--download", "--out", place, ok=2
+    )
+    assert "--download keeps the archive in a local folder" in err

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import xarray as xr
 from affine import Affine
-from matplotlib.colors import to_rgb
+from matplotlib import colormaps
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from odc.geo.geobox import GeoBox
@@ -20,10 +21,12 @@ from odc.geo.xr import xr_coords
 from scipy import ndimage
 
 from minecube.errors import CubeError
-from minecube.report import OUTLINES, draw_areas, draw_comparison, draw_strip
+from minecube.report import OUTLINES, draw_area_overview, draw_areas, draw_comparison, draw_strip
+from minecube.report.style import BLUE, VERMILION
 
 GRID = GeoBox((40, 60), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633")
 BANDS = ["B02", "B03", "B04", "B08"]
+YL_GN_BU = colormaps["YlGnBu"]
 RED, WHITE, GREY = (255, 0, 0), (255, 255, 255), (217, 217, 217)
 CYAN, MAGENTA = (tuple(round(255 * c) for c in to_rgb(colour)) for colour, _ in OUTLINES)
 
@@ -197,11 +200,8 @@ def test_titles_say_year_and_clear_dates(tmp_path, figures):
     )
     (figure,) = figures
     assert figure.get_suptitle() == "Pit of Most"
-    titles = [ax.get_title() for ax in figure.axes]
-    assert "2019" in titles[0]
-    assert "9 clear dates" in titles[0]
-    assert "2020" in titles[1]
-    assert "no observation" in titles[1]
+    assert [ax.get_title("left") for ax in figure.axes] == ["2019", "2020"]
+    assert [ax.get_title("right") for ax in figure.axes] == ["9 clear dates", "no observation"]
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["truth"]
 
 
@@ -252,8 +252,9 @@ def areas(scale=1.0):
     ("scale", "unit", "shown"), [(1, "ha", [4, 5, 6]), (100, "km²", [4, 5, 6])]
 )
 def test_areas_are_drawn_in_readable_units(tmp_path, figures, scale, unit, shown):
-    draw_areas({"pit": areas(scale)}, tmp_path / "a.png", {"pit": areas(scale)})
-    above, below = figures[0].subfigs[0].axes
+    draw_areas(areas(scale), tmp_path / "a.png", "pit", areas(scale))
+    above, below = figures[0].axes
+    assert above.get_title() == "pit"
     mapped, truth = above.lines
     assert mapped.get_ydata() == pytest.approx(shown)
     assert truth.get_linestyle() == "--"
@@ -271,24 +272,78 @@ def test_areas_are_drawn_in_readable_units(tmp_path, figures, scale, unit, shown
 
 def test_years_that_are_mostly_unknown_break_the_line(tmp_path, figures):
     table = areas().assign(area_m2=[4e4, 0, 6e4], unknown_m2=[0, 9e6, 100])
-    draw_areas({"pit": table}, tmp_path / "a.png")
-    assert np.array_equal(
-        figures[0].subfigs[0].axes[0].lines[0].get_ydata(), [4, np.nan, 6], equal_nan=True
-    )
+    draw_areas(table, tmp_path / "a.png", "pit")
+    assert np.array_equal(figures[0].axes[0].lines[0].get_ydata(), [4, np.nan, 6], equal_nan=True)
 
 
 def test_a_year_known_to_be_without_mine_is_zero(tmp_path, figures):
     table = areas().assign(area_m2=[0, 0, 0], unknown_m2=[0, 0, 0])
-    draw_areas({"pit": table}, tmp_path / "a.png")
-    assert list(figures[0].subfigs[0].axes[0].lines[0].get_ydata()) == [0, 0, 0]
+    draw_areas(table, tmp_path / "a.png", "pit")
+    assert list(figures[0].axes[0].lines[0].get_ydata()) == [0, 0, 0]
 
 
-def test_many_sites_fill_a_grid(tmp_path, figures):
-    draw_areas({f"pit_{n}": areas() for n in range(5)}, tmp_path / "a.png")
-    assert [s.axes[0].get_title() for s in figures[0].subfigs if s.axes] == [
-        f"pit_{n}" for n in range(5)
+# --- overview -----------------------------------------------------------------------------------------------------------
+
+
+def grown(first, last, **columns):
+    """Areas of two years, in km2."""
+    return pd.DataFrame({"year": [2019, 2021], "area_m2": [1e6 * first, 1e6 * last], **columns})
+
+
+def test_sites_are_rows_from_the_largest_to_the_unknown(tmp_path, figures):
+    unknown = grown(0, 0, unknown_m2=[1e6, 1e6])
+    sites = {"void": unknown, "small": grown(4, 1), "none": grown(0, 0), "large": grown(5, 20)}
+    draw_area_overview(sites, tmp_path / "a.png")
+    shares, ends, _ = figures[0].axes
+    assert [name.get_text() for name in shares.get_yticklabels()] == [
+        "large",
+        "small",
+        "none",
+        "void",
     ]
-    assert figures[0].get_size_inches()[0] < 12
+    nan = np.nan
+    drawn = shares.images[0].get_array().filled(nan)
+    # 2020 is between the years of the table: nothing is known of it.
+    assert np.array_equal(
+        drawn, [[0.25, nan, 1], [1, nan, 0.25], [0, nan, 0], [nan, nan, nan]], equal_nan=True
+    )
+    lines = ends.collections[0].get_segments()
+    assert [line[:, 0].tolist() for line in lines[:3]] == [[5, 20], [4, 1], [0, 0]]
+    colours = [to_hex(colour) for colour in ends.collections[0].get_colors()]
+    assert colours[:2] == [VERMILION, BLUE]
+
+
+def test_the_last_known_year_counts(tmp_path, figures):
+    mapped = grown(3, 0, unknown_m2=[0, 8e6])
+    truth = {"pit": grown(3, 7), "other": grown(1, 1)}
+    draw_area_overview({"pit": mapped}, tmp_path / "a.png", truth)
+    ends = figures[0].axes[1]
+    last, last_truth = (line.get_xdata() for line in ends.lines)
+    assert last == pytest.approx([3])
+    assert last_truth == pytest.approx([7])
+
+
+def test_shades_lie_on_their_rows_and_years(tmp_path):
+    """The darkest cells of the picture are in the year of the largest area."""
+    draw_area_overview({f"pit_{n}": grown(0, 1 + n) for n in range(4)}, tmp_path / "a.png")
+    dark = near(read(tmp_path / "a.png"), tuple(round(255 * c) for c in YL_GN_BU(1.0)[:3]), 2)
+    dark[: dark.shape[0] // 2] = False  # the colour scale is at the top
+    rows, columns = np.nonzero(dark)
+    height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+    box = dark[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    assert box.mean() > 0.98  # the edges are blended with the background
+    assert height == pytest.approx(4 * 0.17 * 120, abs=2)
+    assert width == pytest.approx(3.6 * 120 / 3, abs=2)
+
+
+def test_the_picture_of_many_sites_stays_small(tmp_path, figures):
+    draw_area_overview({f"pit_{n}": grown(1, 2) for n in range(133)}, tmp_path / "named.png")
+    draw_area_overview({f"pit_{n}": grown(1, 2) for n in range(600)}, tmp_path / "many.png")
+    named, many = (figure.axes[0] for figure in figures)
+    assert len(named.get_yticklabels()) == 133
+    assert list(many.get_yticks()) == []
+    assert "600 sites" in many.get_ylabel()
+    assert len(read(tmp_path / "many.png")) < 4500
 
 
 # --- errors -------------------------------------------------------------------------------------------------------------
@@ -307,7 +362,7 @@ def test_many_sites_fill_a_grid(tmp_path, figures):
             ),
             "expected footprint 'truth' of 40 x 60 px like the cube, found 39 x 60",
         ),
-        (lambda out: draw_areas({}, out), "no area to plot"),
+        (lambda out: draw_area_overview({}, out), "no area to plot"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(tmp_path, draw, says):
@@ -319,13 +374,13 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, draw, says):
 def test_an_unwritable_folder_and_a_full_disk_leave_nothing(tmp_path):
     (tmp_path / "file").write_text("a file where the folder should be")
     with pytest.raises(CubeError, match="cannot be written"):
-        draw_areas({"pit": areas()}, tmp_path / "file" / "a.png")
+        draw_areas(areas(), tmp_path / "file" / "a.png", "pit")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
         with pytest.raises(CubeError, match="cannot be written"):
-            draw_areas({"pit": areas()}, tmp_path / "a.png")
+            draw_areas(areas(), tmp_path / "a.png", "pit")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)

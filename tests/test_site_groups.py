@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 import zarr
+from odc.geo.xr import xr_coords
 
 from known_site_years import (
     PROVENANCE,
@@ -17,6 +21,7 @@ from known_site_years import (
     create_store,
     year_of,
 )
+from known_stores import files_of
 from minecube import cube
 from minecube.errors import CubeError
 from minecube.grid import grid_of
@@ -52,9 +57,15 @@ def test_years_killed_half_way_are_named_anew(store, site, grid):
         "year",
     ):
         array = zarr.open_array(f"{store}/mine/{name}", mode="r+")
-        array.resize((4, *array.shape[1:]))
-    cube.create_site(store, site, grid, [2020, 2023], RECIPE)
-    assert list(cube.open_cube(store, "mine").year.values) == [*YEARS, 2023]
+        array.resize((5, *array.shape[1:]))
+    made = year_of(grid)
+    cube.write_year(store, made, PROVENANCE, b"")
+    assert cube.read_grid_and_years(store, "mine")[1] == list(YEARS)
+    read = cube.open_reflectance(store, "mine")
+    assert list(read.year.values) == [2020]
+    np.testing.assert_array_equal(read[0], made.reflectance)
+    cube.create_site(store, site, grid, [2018, 2020, 2023], RECIPE)
+    assert list(cube.open_cube(store, "mine").year.values) == [2018, *YEARS, 2023]
 
 
 def test_another_recipe_or_grid_is_refused(store, site, grid):
@@ -66,17 +77,49 @@ def test_another_recipe_or_grid_is_refused(store, site, grid):
         cube.create_site(store, site, grid.pad(6), YEARS, RECIPE)
 
 
-def test_later_years_are_added_earlier_ones_refused(store, site, grid):
+def test_later_and_earlier_years_are_added(store, site, grid):
+    """Shards stay where they are, so the stored years are in the order in which they were added."""
     made = year_of(grid)
     cube.write_year(store, made, PROVENANCE, b"")
+    mask = np.random.default_rng(1).integers(0, 2, (1, *grid.shape)).astype(np.uint8)
+    coords = {"year": [2020], **xr_coords(grid)}
+    cube.write_footprint(store, "mine", xr.DataArray(mask, coords, ("year", "y", "x")), "drawn")
+    shards = files_of(store.path / "mine/reflectance/c")
     cube.create_site(store, site, grid, [2020, 2023], RECIPE)
+    cube.create_site(store, site, grid, [2018, 2016], RECIPE)
     opened = cube.open_cube(store, "mine")
-    assert list(opened.year.values) == [2019, 2020, 2021, 2023]
+    assert list(opened.year.values) == [2016, 2018, 2019, 2020, 2021, 2023]
+    assert cube.read_grid_and_years(store, "mine")[1] == opened.year.values.tolist()
+    assert zarr.open_array(store.path / "mine/year", mode="r")[:].tolist() == [
+        *YEARS,
+        2023,
+        2016,
+        2018,
+    ]
     np.testing.assert_array_equal(opened.reflectance.sel(year=2020), made.reflectance)
-    assert not opened.reflectance.sel(year=2023).values.any()
-    assert (opened.footprint.sel(year=2023) == 255).all()
-    with pytest.raises(CubeError, match=r"has years 2019\.\.2023, and year 2016 cannot be added"):
-        cube.create_site(store, site, grid, [2016], RECIPE)
+    assert not opened.reflectance.sel(year=[2016, 2018, 2023]).values.any()
+    np.testing.assert_array_equal(opened.footprint.sel(year=[2020]), mask)
+    assert (opened.footprint.sel(year=[2016, 2018, 2019, 2021, 2023]) == 255).all()
+    assert files_of(store.path / "mine/reflectance/c") == shards
+
+
+def test_runs_that_add_different_years_at_once(store, site, grid):
+    """Each builds its own year, and each year keeps its pixels."""
+    years = (2016, 2017, 2018, 2022)
+    start = threading.Barrier(len(years))
+
+    def add(year):
+        start.wait()
+        cube.create_site(store, site, grid, [year], RECIPE)
+        return cube.write_year(store, year_of(grid, seed=year), {**PROVENANCE, "year": year}, b"")
+
+    with ThreadPoolExecutor(len(years)) as pool:
+        assert all(pool.map(add, years))
+    opened = cube.open_committed(store, "mine").load()
+    assert opened.year.values.tolist() == list(years)
+    for year in years:
+        for name, layer in year_of(grid, seed=year).items():
+            np.testing.assert_array_equal(opened[name].sel(year=year), layer)
 
 
 def test_a_store_that_is_not_ours(tmp_path, site, grid):

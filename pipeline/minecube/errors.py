@@ -11,6 +11,10 @@ class CatalogError(MinecubeError):
     """A site, source, recipe or model is unknown, malformed or contradicts another."""
 
 
+class PlaceError(MinecubeError):
+    """The name of a file, folder or object store is wrong, or nothing is there."""
+
+
 class SceneError(MinecubeError):
     """A search found nothing usable, or an item cannot be normalised."""
 

@@ -346,6 +346,11 @@ def remove_query(text: str) -> str:
     return re.sub(r"\?[^\s'\")]*", "", text)
 
 
+def remove_secrets(text: str) -> str:
+    """Remove the queries of URLs from a text, and user names and passwords in URLs."""
+    return re.sub(r"(\w://)[^\s/@]*@", r"\1", remove_query(text))
+
+
 def _hide_query(argument: object) -> object:
     if isinstance(argument, str):
         return remove_query(argument)

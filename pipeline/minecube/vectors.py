@@ -26,6 +26,7 @@ import shapely
 from pyproj import CRS
 
 from minecube.arrays import AnyArray
+from minecube.places import Place, Url, local_copy
 
 FORMAT_NAMES = (
     "GeoJSON, GeoPackage, GeoParquet, Shapefile, FlatGeobuf, KML or File Geodatabase, also zipped"
@@ -88,13 +89,13 @@ class _Layer:
     """Index in the file; None for Parquet, with one table per file."""
 
 
-def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
+def read_vector(path: Place, layer: str | None = None) -> gpd.GeoDataFrame:
     """Read the features of a file.
 
     In a file with several layers, this reads the only one with polygons. A warning lists the rest.
 
     Args:
-        path: the file, or the folder of a File Geodatabase.
+        path: the file, or the local folder of a File Geodatabase.
         layer: the layer to read. `*` stands for any letters; the rows of all matching layers are
             joined.
 
@@ -102,14 +103,23 @@ def read_vector(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
         ValueError: the format is not in `FORMAT_NAMES` or contradicts the suffix, several layers have
             polygons but `layer` is not given, or no layer has the requested name.
         OSError, RuntimeError: the file cannot be read.
+        PlaceError: there is no such object.
     """
-    place = path.absolute()  # an absolute path starts with no driver's name
+    if isinstance(path, Url) and path.suffix.lower() == ".gdb":
+        raise ValueError("expected a file, found the name of a folder; zip the File Geodatabase")
+    parts = _PARTS if path.suffix.lower() == ".shp" else ()
+    with local_copy(path, parts) as copy:
+        return _read_file(path, copy.absolute(), layer)  # it starts with no driver's name
+
+
+def _read_file(path: Place, copy: Path, layer: str | None) -> gpd.GeoDataFrame:
+    """Read a local file. Messages name its place `path`."""
     try:
-        if place.suffix.lower() not in _ZIPS:
-            return _read_layers(path, _layers_of(place), layer)
-        _check_format(place)
+        if copy.suffix.lower() not in _ZIPS:
+            return _read_layers(path, _layers_of(copy), layer)
+        _check_format(copy)
         with tempfile.TemporaryDirectory() as folder:
-            return _read_layers(path, _zipped_layers(place, Path(folder)), layer)
+            return _read_layers(path, _zipped_layers(copy, Path(folder)), layer)
     except zipfile.BadZipFile as error:
         raise ValueError(
             f"expected a zip file, found a damaged one ({error}); make it again"
@@ -278,7 +288,7 @@ def _long_name(layer: _Layer, file: Path) -> str:
     return f"{file.as_posix()}/{layer.name}"
 
 
-def _read_layers(path: Path, layers: Sequence[_Layer], name: str | None) -> gpd.GeoDataFrame:
+def _read_layers(path: Place, layers: Sequence[_Layer], name: str | None) -> gpd.GeoDataFrame:
     """Read the requested layers, or else the only one with polygons."""
     if name is not None:
         matches = [layer for layer in layers if layer.name == name]

@@ -126,7 +126,7 @@ def mapped(store, site):
 
 COMMANDS = {
     "create": (lambda *_: None, create),
-    "extend": (mapped, lambda store, site: create(store, site, (2020, 2022, 2023))),
+    "extend": (mapped, lambda store, site: create(store, site, (2017, 2018, 2020, 2023))),
     "first build": (create, build),
     "another build in its place": (
         mapped,

@@ -19,6 +19,7 @@ from minecube.catalog.releases import Release
 from minecube.catalog.scene_source import Source
 from minecube.catalog.training import TrainingSettings
 from minecube.errors import CatalogError
+from minecube.places import Place, Url, place_of
 
 T = TypeVar("T")
 Entry = TypeVar("Entry", Cluster, ModelCard, Recipe, Release, Source, TrainingSettings)
@@ -36,9 +37,9 @@ def catalog_folder() -> Path:
     return package.parents[1] / "catalog"
 
 
-def load_sources(path: Path | None = None) -> dict[str, Source]:
+def load_sources(path: Place | None = None) -> dict[str, Source]:
     """Load a `sources.yaml`, by id. Raises CatalogError as `load_sites` does."""
-    path = Path(path or catalog_folder() / "sources.yaml").resolve()
+    path = place_of(path or catalog_folder() / "sources.yaml").resolve()
     sources = _load_entries(Source, path)
     for name, source in sources.items():
         if source.kind != "stac-api":
@@ -47,7 +48,7 @@ def load_sources(path: Path | None = None) -> dict[str, Source]:
     return sources
 
 
-def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
+def load_recipes(path: Place | None = None) -> dict[str, Recipe]:
     """Load a `recipes.yaml`, by id. Raises CatalogError as `load_sites` does."""
     path = path or catalog_folder() / "recipes.yaml"
     recipes = _load_entries(Recipe, path)
@@ -65,7 +66,7 @@ def load_recipes(path: Path | None = None) -> dict[str, Recipe]:
     return recipes
 
 
-def load_releases(path: Path | None = None) -> dict[str, Release]:
+def load_releases(path: Place | None = None) -> dict[str, Release]:
     """Load the published datasets of a `releases.yaml`, by id.
 
     Raises CatalogError as `load_sites` does.
@@ -73,9 +74,9 @@ def load_releases(path: Path | None = None) -> dict[str, Release]:
     return _load_entries(Release, path or catalog_folder() / "releases.yaml")
 
 
-def load_models(path: Path | None = None) -> dict[str, ModelCard]:
+def load_models(path: Place | None = None) -> dict[str, ModelCard]:
     """Load the model cards of a `models.yaml`, by id. Raises CatalogError as `load_sites` does."""
-    path = Path(path or catalog_folder() / "models.yaml").resolve()
+    path = place_of(path or catalog_folder() / "models.yaml").resolve()
     cards = _load_entries(ModelCard, path)
     for name, card in cards.items():
         if card.weights:
@@ -85,7 +86,7 @@ def load_models(path: Path | None = None) -> dict[str, ModelCard]:
     return cards
 
 
-def load_presets(path: Path | None = None) -> dict[str, TrainingSettings]:
+def load_presets(path: Place | None = None) -> dict[str, TrainingSettings]:
     """Load the training settings of a `presets.yaml`, by id.
 
     Raises CatalogError as `load_sites` does.
@@ -93,15 +94,23 @@ def load_presets(path: Path | None = None) -> dict[str, TrainingSettings]:
     return _load_entries(TrainingSettings, path or catalog_folder() / "presets.yaml")
 
 
-def load_clusters(path: Path | None = None) -> dict[str, Cluster]:
+def load_clusters(path: Place | None = None) -> dict[str, Cluster]:
     """Load a `clusters.yaml`, by id. Raises CatalogError as `load_sites` does."""
     return _load_entries(Cluster, path or catalog_folder() / "clusters.yaml")
 
 
-def _absolute(href: str, folder: Path) -> str:
-    """Resolve a path relative to the folder of the YAML file. URLs stay unchanged."""
+def _absolute(href: str, folder: Place) -> str:
+    """Resolve a path relative to the folder of the YAML file. URLs stay unchanged.
+
+    Raises CatalogError for a local path in a catalogue at a URL.
+    """
     if "://" in href:
         return href
+    if isinstance(folder, Url) and Path(href).is_absolute():
+        raise CatalogError(
+            f"{folder}: expected a URL, or a path relative to the catalogue, found {href}; "
+            "local files are for local catalogues"
+        )
     return str(folder / href)
 
 
@@ -119,7 +128,7 @@ def pick(entries: Mapping[str, T], name: str, kind: str) -> T:
     return entries[name]
 
 
-def _load_entries(cls: type[Entry], path: Path) -> dict[str, Entry]:
+def _load_entries(cls: type[Entry], path: Place) -> dict[str, Entry]:
     """Load the entries of a YAML file, by id."""
     entries = {}
     for name, fields in _read_yaml(path).items():
@@ -133,10 +142,9 @@ def _load_entries(cls: type[Entry], path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _read_yaml(path: Path) -> Mapping[Any, Any]:
+def _read_yaml(path: Place) -> Mapping[Any, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        content = read_unique_yaml(text)
+        content = read_unique_yaml(path.read_bytes().decode("utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise CatalogError(
             f"{path}: cannot be read as a catalogue: {describe_yaml_error(error)}"

@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from minecube.catalog.fields import make_id, need
 from minecube.catalog.loaders import catalog_folder
 from minecube.catalog.site import MARGIN_M, Site
 from minecube.errors import CatalogError
+from minecube.places import Place, place_of
 from minecube.vectors import (
     extract_polygons,
     extract_polygons_of_collections,
@@ -44,7 +44,7 @@ _NESTED = (list, tuple, set, dict)
 
 
 def load_sites(
-    path: Path | str | None = None,
+    path: Place | str | None = None,
     *,
     catalogue: bool = False,
     margin: float | None = None,
@@ -70,7 +70,7 @@ def load_sites(
             and field.
     """
     catalogue = catalogue or path is None
-    path = Path(path or catalog_folder() / "sites.geojson")
+    path = place_of(path or catalog_folder() / "sites.geojson")
     table = _read_table(path, layer, catalogue)
     names = _texts_of(table, "id", "name", "site")
     ids = _ids_of(names, catalogue)
@@ -93,7 +93,7 @@ def load_sites(
     return sites
 
 
-def _read_table(path: Path, layer: str | None, catalogue: bool) -> GeoDataFrame:
+def _read_table(path: Place, layer: str | None, catalogue: bool) -> GeoDataFrame:
     """Read the rows of a file of sites, in longitude and latitude. Raises CatalogError."""
     try:
         table = read_vector(path, layer)
@@ -139,7 +139,7 @@ def _ids_of(names: Iterable[str], catalogue: bool) -> list[str]:
     return ids
 
 
-def _report_names(path: Path, table: GeoDataFrame, names: pd.Series, ids: Sequence[str]) -> None:
+def _report_names(path: Place, table: GeoDataFrame, names: pd.Series, ids: Sequence[str]) -> None:
     """Log the ids that differ from the names in the file, and rows without a name."""
     changed = []
     numbered = []
@@ -169,7 +169,7 @@ def _shorten(words: Sequence[str]) -> str:
 
 
 def _shapes_of(
-    table: GeoDataFrame, ids: Sequence[str], path: Path, catalogue: bool
+    table: GeoDataFrame, ids: Sequence[str], path: Place, catalogue: bool
 ) -> list[BaseGeometry | None]:
     """Return the polygons of each row, 2-D, and valid in a user's file. Log each change."""
     shapes, omitted_parts = extract_polygons_of_collections(
@@ -190,7 +190,7 @@ def _shapes_of(
     return polygons
 
 
-def _repair(shape: BaseGeometry | None, path: Path, site_id: str) -> BaseGeometry | None:
+def _repair(shape: BaseGeometry | None, path: Place, site_id: str) -> BaseGeometry | None:
     if shape is None or shape.is_valid:
         return shape
     polygons = extract_polygons(shapely.make_valid(shape, method="structure"))
@@ -282,7 +282,7 @@ def _parse_years(value: Any) -> tuple[int, ...]:
     return tuple(int(word[:4]) for word in words)
 
 
-def _need_unique(ids: Sequence[str], names: Sequence[str], path: Path) -> None:
+def _need_unique(ids: Sequence[str], names: Sequence[str], path: Place) -> None:
     """Raise CatalogError if two rows have one id, and name both."""
     name_by_id: dict[str, str] = {}
     for site_id, name in zip(ids, names, strict=True):

@@ -39,6 +39,9 @@ COMMANDS = {
     "plan": "Estimate the requests, bytes, memory, time and cost of a build.",
     "release": "Import, audit or re-create the published EuroMineNet archive.",
     "run": "Run all steps of a whole dataset, and resume them.",
+    "status": "Show the state of a dataset or a store.",
+    "retry": "Try the failed parts of a run again.",
+    "update": "Add years, sites and new scenes to a dataset.",
     "build": "Composite scenes into annual cubes.",
     "polygons": "Check, repair and compare mine polygons.",
     "label": "Draw mine polygons on the grids of the cubes.",
@@ -49,7 +52,8 @@ COMMANDS = {
     "score": "Compare predictions with labels.",
     "bench": "Train, apply and score several networks on one split.",
     "export": "Export COGs, NetCDF, Zarr, GeoParquet, STAC, Croissant and pictures.",
-    "publish": "Save releases of a store in Icechunk, and compare them.",
+    "publish": "Save a version of a store in Icechunk.",
+    "versions": "List published versions, compare them, and go back.",
     "verify": "Check a store against its checksums and list what to rebuild.",
     "pack": "Pack a store into one read-only zip file.",
     "demo": "Run the whole pipeline on a simulated world and score it.",
@@ -59,6 +63,8 @@ COMMANDS = {
 _AGAIN = "run the same command again"
 AFTER_INTERRUPT = {
     "run": f"finished steps are safe; {_AGAIN} to resume",
+    "retry": f"finished steps are safe; {_AGAIN} to resume",
+    "update": f"finished steps are safe; {_AGAIN} to resume",
     "build": f"committed years are safe; {_AGAIN} to resume",
     "predict": f"committed years are safe; {_AGAIN} to resume",
     "bench": f"finished models and maps are safe; {_AGAIN} to resume",

@@ -13,6 +13,7 @@ from minecube.cli.parameters import OutFolder
 from minecube.cli.scene_options import SceneOptions, scene_options
 from minecube.jobs.audit import Audit, Unanswered, audit_scenes, save_audit
 from minecube.jobs.tables import format_table
+from minecube.places import Place, outgoing
 
 _COLUMNS = (
     *("site", "year", "source", "listed", "refused", "copies", "scenes"),
@@ -33,7 +34,7 @@ _HEADINGS = {"gap_days": "gap", "cloud": "cloud %"}
     help="Folder for audit.parquet (by month), audit.csv (by year) and audit.png.",
 )
 @collect_options
-def audit(sites: SiteOptions, years: tuple[int, ...], scenes: SceneOptions, out: Path) -> None:
+def audit(sites: SiteOptions, years: tuple[int, ...], scenes: SceneOptions, out: Place) -> None:
     """Compare the scenes that each source lists with the passes expected from the orbits.
 
     Reads no pixels. Exits with 1 if a site-year has fewer usable dates than the recipe needs, or
@@ -46,12 +47,13 @@ def audit(sites: SiteOptions, years: tuple[int, ...], scenes: SceneOptions, out:
     loaded = sites.load()
     sources = scenes.sources()
     recipe = scenes.recipe()
-    with progress_bar("auditing", len(loaded) * len(years) * len(sources)) as bar:
+    with progress_bar("auditing", len(loaded) * len(years) * len(sources), "searches") as bar:
         result = audit_scenes(loaded, years, sources, recipe, bar.advance)
     _print_unanswered(result.failed_searches)
     if not result.by_year.empty:
         _print_years(result)
-        save_audit(result, out)
+        with outgoing(out) as folder:
+            save_audit(result, folder)
         click.echo(f"saved in {out}")
     if len(result.too_few) or result.unanswered:
         click.echo(

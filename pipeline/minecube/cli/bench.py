@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import click
 
 from minecube import cube, models
 from minecube.catalog import ModelCard, TrainingSettings, pick
-from minecube.cli.bars import progress_bar
+from minecube.cli.bars import print_line, progress_bar
 from minecube.cli.options import (
     add_layer,
     catalog_option,
@@ -23,6 +22,7 @@ from minecube.cli.parameters import OutFolder
 from minecube.jobs.bench import Benchmark, Split, choose_models, run_benchmark, split_sites
 from minecube.jobs.catalogs import load_all_models, load_all_presets
 from minecube.jobs.selection import SiteChoice
+from minecube.places import Place
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class NetworksOptions:
 
     patterns: str
     preset_id: str
-    catalog: Path | None
+    catalog: Place | None
 
     def cards(self) -> tuple[ModelCard, ...]:
         """Return the cards of the networks."""
@@ -100,7 +100,7 @@ class NetworksOptions:
 @click.option("--out", type=OutFolder(), required=True, help="Folder for models and tables.")
 @collect_options
 def bench(
-    split: SplitOptions, networks: NetworksOptions, seed: int, device: str, out: Path
+    split: SplitOptions, networks: NetworksOptions, seed: int, device: str, out: Place
 ) -> None:
     """Train, apply and score several networks on one split, and tabulate their scores.
 
@@ -122,11 +122,11 @@ def bench(
     )
 
     def print_model(number: int, card: ModelCard) -> None:
-        click.echo(f"{number} of {len(benchmark.cards)}: {card.id}", err=True)
+        print_line(f"{number} of {len(benchmark.cards)}: {card.id}")
 
     with progress_bar("preparing") as bar:
         paths = run_benchmark(benchmark, print_model, bar.reach_step)
     for path in paths:
         click.echo(path)
-    click.echo("\n" + (out / "mapping.md").read_text(encoding="utf-8"))
-    click.echo((out / "change.md").read_text(encoding="utf-8"))
+    click.echo("\n" + (out / "mapping.md").read_bytes().decode("utf-8"))
+    click.echo((out / "change.md").read_bytes().decode("utf-8"))

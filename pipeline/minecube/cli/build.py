@@ -20,13 +20,12 @@ from minecube.cli.options import (
     years_option,
 )
 from minecube.cli.parameters import FiniteRange
-from minecube.cli.plan import print_plan
+from minecube.cli.plan import plan_with_bar, print_plan
 from minecube.cli.scene_options import JobOptions, job_options
 from minecube.composite.plan import Estimate
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
 from minecube.jobs.build import Outcome, build_cubes, load_geomedian
-from minecube.jobs.plan import plan_build
 from minecube.jobs.tables import format_table
 from minecube.jobs.workers import connect_workers
 from minecube.scenes import offsets
@@ -122,12 +121,12 @@ def build(
     job = replace(options.load(), **asdict(rules))
     loaded = sites.load(job.store)
     if execution.dry_run:
-        planned = plan_build(job, loaded, years)
+        planned = plan_with_bar(job, loaded, years)
         print_plan(planned)
         click.get_current_context().exit(int(bool(planned.errors)))
     large = [site for site in loaded if _area_km2(site) > LARGE_KM2]
     if large and not execution.yes:
-        print_plan(plan_build(job, large, years))
+        print_plan(plan_with_bar(job, large, years))
         listed = ", ".join(f"{site.id} ({_area_km2(site):,.0f} km2)" for site in large)
         raise CatalogError(
             f"{listed}: larger than {LARGE_KM2} km2, which no mine is, so nothing was built; "
@@ -135,7 +134,7 @@ def build(
         )
     job = replace(job, geomedian=load_geomedian(execution.device))
     with (
-        progress_bar("building", len(loaded) * len(years)) as bar,
+        progress_bar("building", len(loaded) * len(years), "site-years") as bar,
         connect_workers(execution.scheduler) as executor,
     ):
         outcomes = build_cubes(
@@ -143,7 +142,8 @@ def build(
             loaded,
             years,
             executor,
-            lambda outcome: bar.advance(f"{outcome.site} {outcome.year}"),
+            lambda outcome: bar.advance(_describe(outcome)),
+            lambda site, year: bar.prepare(f"{site} {year} searched"),
         )
     _print_outcomes(outcomes)
     _print_planned_and_actual(outcomes)
@@ -154,6 +154,16 @@ def build(
 def _area_km2(site: Site) -> float:
     pixels: int = math.prod(grid_of(site).shape)
     return pixels / _PIXELS_PER_KM2
+
+
+def _describe(outcome: Outcome) -> str:
+    """Describe a finished site-year: its state unless built, and the reason of a failure."""
+    text = f"{outcome.site} {outcome.year}"
+    if outcome.state != "built":
+        text += f", {outcome.state}"
+    if outcome.message:
+        text += f": {outcome.message}"
+    return text
 
 
 def _print_outcomes(outcomes: Sequence[Outcome]) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import click
 
-from minecube.cli.parameters import SEED, OutFolder
+from minecube.cli.bars import print_line
+from minecube.cli.parameters import SEED, LocalFolder
 from minecube.jobs.demo import TEST_SITE, run_demo
 from minecube.jobs.tables import format_table
 
@@ -32,7 +33,7 @@ _MEANINGS = {
 @click.command()
 @click.option(
     "--out",
-    type=OutFolder(),
+    type=LocalFolder(),
     default=Path("build/demo"),
     show_default=True,
     help="New or empty folder for all results.",
@@ -68,6 +69,7 @@ def demo(out: Path, epochs: int, seed: int) -> None:
     for file in (
         f"export/{TEST_SITE}/{TEST_SITE}_strip.png",
         "comparison.png",
+        f"export/{TEST_SITE}/{TEST_SITE}_areas.png",
         "export/areas.png",
         "export/collection.json",
     ):
@@ -78,6 +80,6 @@ def demo(out: Path, epochs: int, seed: int) -> None:
 def _print_stage(title: str) -> Iterator[None]:
     """Print a stage's title, and its seconds at the end."""
     start = time.monotonic()
-    click.echo(f"{title} ...", err=True)
+    print_line(f"{title} ...")
     yield
-    click.echo(f"{'':4}{time.monotonic() - start:.0f} s", err=True)
+    print_line(f"{'':4}{time.monotonic() - start:.0f} s")

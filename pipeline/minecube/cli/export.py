@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import click
 
@@ -11,6 +10,7 @@ from minecube.cli.bars import progress_bar
 from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
 from minecube.cli.parameters import FiniteRange, OutFolder
 from minecube.jobs.export import FORMATS, ExportOptions, export_sites
+from minecube.places import Place, outgoing
 
 
 @click.command()
@@ -43,12 +43,13 @@ from minecube.jobs.export import FORMATS, ExportOptions, export_sites
     "regions removed.",
 )
 @collect_options
-def export(sites: StoreSites, options: ExportOptions, out: Path) -> None:
+def export(sites: StoreSites, options: ExportOptions, out: Place) -> None:
     """Export cubes, footprints and maps to formats that other tools open.
 
     By default: one COG per year, footprints as GeoParquet and GeoPackage, a STAC collection, and
-    pictures. Footprints are simplified outlines: their areas are within 0.5 % of the pixels', and
-    a pit keeps its id through the years.
+    pictures. Each site has a picture of its years and one of its mine area. `areas.png` shows the
+    area of all sites, with a row per site. Footprints are simplified outlines: their areas are
+    within 0.5 % of the pixels', and a pit keeps its id through the years.
 
     \b
     Examples:
@@ -63,9 +64,9 @@ def export(sites: StoreSites, options: ExportOptions, out: Path) -> None:
     names = sites.names()
     if options.model is not None:
         options = replace(options, model=sites.prediction(names, options.model))
-    with progress_bar("exporting", len(names)) as bar:
-        images, files = export_sites(sites.store, names, out, options, bar.advance)
+    with outgoing(out) as folder, progress_bar("exporting", len(names), "sites") as bar:
+        images, files = export_sites(sites.store, names, folder, options, bar.advance)
     if images:
         click.echo(f"{out}: {len(images)} images; open {out}/collection.json")
     for path in files:
-        click.echo(path)
+        click.echo(out / path.relative_to(folder))

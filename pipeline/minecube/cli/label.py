@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 import geopandas as gpd
 import pandas as pd
 
 from minecube import cube, labels
+from minecube.cli.bars import progress_bar
 from minecube.cli.options import (
     StoreSites,
     collect_options,
@@ -16,8 +15,10 @@ from minecube.cli.options import (
     sites_with_polygons_option,
     writable_store_option,
 )
+from minecube.cli.parameters import InFile
 from minecube.jobs.label import MOST_NAMES, SiteLabels, UndrawnRows, draw_labels, find_undrawn
 from minecube.jobs.tables import format_table
+from minecube.places import Place
 from minecube.vectors import FORMAT_NAMES
 
 
@@ -27,15 +28,15 @@ from minecube.vectors import FORMAT_NAMES
 @click.option(
     "--polygons",
     "file",
-    type=click.Path(path_type=Path),
+    type=InFile(exists=False),
     required=True,
-    help=f"File of polygons ({FORMAT_NAMES}). Optional columns: `year`, or `start` and `end`, for "
-    "polygons of some years; `site` for polygons of one site; `source`, `licence` and "
-    "`doi`, which exports cite.",
+    help=f"File of polygons ({FORMAT_NAMES}): a path or an object-store URL. Optional columns: "
+    "`year`, or `start` and `end`, for polygons of some years; `site` for polygons of one site; "
+    "`source`, `licence` and `doi`, which exports cite.",
 )
 @layer_option
 @collect_options
-def label(sites: StoreSites, file: Path, layer: str | None) -> None:
+def label(sites: StoreSites, file: Place, layer: str | None) -> None:
     """Draw mine polygons on the grids of the cubes.
 
     Writes `footprint` (1 mine, 0 background, 255 unknown) and `footprint_fraction`, the share of
@@ -53,16 +54,19 @@ def label(sites: StoreSites, file: Path, layer: str | None) -> None:
     undated = labels.find_unread_year_columns(polygons)
     rows: list[tuple[object, ...]] = []
     rows_by_site: dict[str, pd.Index] = {}
-    for site in sites.names(stored):
-        grid, years = cube.read_grid_and_years(sites.store, site)
-        drawing = draw_labels(polygons, site, grid, years, file)
-        _print_missed(drawing)
-        if undated:
-            listed = ", ".join(map(str, years))
-            click.echo(f"{site}: rows without years are drawn in {listed}", err=True)
-        drawing.write(sites.store)
-        rows_by_site[site] = drawing.polygons.index
-        rows += [(site, year, _format_km2(area)) for year, area in drawing.mine_km2().items()]
+    names = sites.names(stored)
+    with progress_bar("labelling", len(names), "sites") as bar:
+        for site in names:
+            grid, years = cube.read_grid_and_years(sites.store, site)
+            drawing = draw_labels(polygons, site, grid, years, file)
+            _print_missed(drawing)
+            if undated:
+                listed = ", ".join(map(str, years))
+                click.echo(f"{site}: rows without years are drawn in {listed}", err=True)
+            drawing.write(sites.store)
+            rows_by_site[site] = drawing.polygons.index
+            rows += [(site, year, _format_km2(area)) for year, area in drawing.mine_km2().items()]
+            bar.advance(site)
     click.echo(format_table(("site", "year", "mine km2"), rows))
     _print_undrawn(find_undrawn(polygons, rows_by_site, stored), polygons, file)
 
@@ -85,7 +89,7 @@ def _print_missed(drawing: SiteLabels) -> None:
         )
 
 
-def _print_undrawn(undrawn: UndrawnRows, polygons: gpd.GeoDataFrame, file: Path) -> None:
+def _print_undrawn(undrawn: UndrawnRows, polygons: gpd.GeoDataFrame, file: Place) -> None:
     """Print rows without a site, and rows drawn nowhere."""
     reports = {
         "name no site and are drawn at each site that they reach": undrawn.unnamed,

@@ -17,6 +17,7 @@ from minecube.cli.extras import EXTRAS
 from minecube.cli.options import catalog_option
 from minecube.jobs.catalogs import load_all_models
 from minecube.jobs.tables import format_table
+from minecube.places import Place, place_of
 
 json_option = click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
 
@@ -25,7 +26,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="The same as 
 @catalog_option
 @json_option
 @click.pass_context
-def models(ctx: click.Context, catalog: Path | None, as_json: bool) -> None:
+def models(ctx: click.Context, catalog: Place | None, as_json: bool) -> None:
     """List the networks, or show the card of one (`models show NAME`).
 
     \b
@@ -48,7 +49,7 @@ def models(ctx: click.Context, catalog: Path | None, as_json: bool) -> None:
 @catalog_option
 @json_option
 @click.pass_context
-def show(ctx: click.Context, name: str, catalog: Path | None, as_json: bool) -> None:
+def show(ctx: click.Context, name: str, catalog: Place | None, as_json: bool) -> None:
     """Show the card of a network, or of a trained model's file, with the number of parameters.
 
     \b
@@ -60,8 +61,8 @@ def show(ctx: click.Context, name: str, catalog: Path | None, as_json: bool) -> 
     if ctx.parent:
         options = ctx.parent.params
     training: dict[str, Any] = {}
-    if Path(name).is_file():
-        card, training = _read_trained(Path(name))
+    if "://" in name or Path(name).is_file():
+        card, training = _read_trained(place_of(name))
     else:
         card = pick(load_all_models(catalog or options.get("catalog")), name, "model")
     parameters = _count_parameters(card)
@@ -110,7 +111,7 @@ def _format_value(value: Any) -> str:
     return str(value)
 
 
-def _read_trained(file: Path) -> tuple[ModelCard, dict[str, Any]]:
+def _read_trained(file: Place) -> tuple[ModelCard, dict[str, Any]]:
     """Return the card in a file of `minecube train`, and details of the training."""
     trained = importlib.import_module("minecube.models.network").load(file)
     details = {

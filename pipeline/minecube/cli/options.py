@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import click
 
 from minecube import cube
-from minecube.catalog import LARGEST_MARGIN_M, MARGIN_M, Site
-from minecube.cli.parameters import SEED, FiniteRange, Years
+from minecube.catalog import LARGEST_MARGIN_M, MARGIN_M, Dataset, Site, load_dataset
+from minecube.cli.parameters import SEED, FiniteRange, InFolder, Years
 from minecube.jobs.selection import SiteChoice, choose_sites, stored_sites
+from minecube.places import Place
 from minecube.vectors import FORMAT_NAMES
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -58,7 +59,7 @@ class SiteOptions:
     choice: SiteChoice
     margin: float | None = None
     """Metres of ground around each polygon; None: as the site or the store has it."""
-    catalog: Path | None = None
+    catalog: Place | None = None
 
     def load(self, store: cube.Store | None = None) -> list[Site]:
         """Choose the sites, and print the margins of their grids.
@@ -150,6 +151,16 @@ def add_layer(ctx: click.Context, _param: click.Parameter, text: str | None) -> 
     return SiteChoice(text, ctx.meta.get(_LAYER))
 
 
+def parse_dataset(
+    _ctx: click.Context, _param: click.Parameter, path: Path | None
+) -> Dataset | None:
+    """Load the argument DATASET."""
+    return None if path is None else load_dataset(path)
+
+
+dataset_argument = click.argument(
+    "dataset", type=click.Path(dir_okay=False, path_type=Path), callback=parse_dataset
+)
 store_option = click.option(
     "--store",
     required=True,
@@ -176,7 +187,7 @@ _margin_option = click.option(
 )
 catalog_option = click.option(
     "--catalog",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=InFolder(),
     help="Folder with your own sites.geojson, sources.yaml, recipes.yaml, models.yaml or "
     "presets.yaml. Their entries are added to the shipped ones.",
 )
@@ -234,5 +245,5 @@ _sites_option = click.option(
     show_default=True,
     callback=add_layer,
     help="Names of sites, comma-separated, * allowed. Or a file with one polygon per site "
-    f"({FORMAT_NAMES}).",
+    f"({FORMAT_NAMES}), by path or object-store URL.",
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from minecube import cube
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
 from minecube.cli.parameters import OutFile
+from minecube.places import Place
 
 
 @click.command()
@@ -17,7 +16,7 @@ from minecube.cli.parameters import OutFile
 @sites_option
 @click.option("--out", type=OutFile(), required=True, help="File to write. Its name ends in .zip.")
 @collect_options
-def pack(sites: StoreSites, out: Path) -> None:
+def pack(sites: StoreSites, out: Place) -> None:
     """Pack the committed site-years of a store into one zip file.
 
     Commands that only read open the file like a store. `unzip` restores the store byte for byte.
@@ -29,9 +28,7 @@ def pack(sites: StoreSites, out: Path) -> None:
     """
     names = sites.names(cube.named_sites(sites.store))
     with progress_bar("packing") as bar:
-        packed = cube.pack(
-            sites.store, out, names, lambda _part, total, name: bar.advance(name, total=total)
-        )
+        packed = cube.pack(sites.store, out, names, bar.reach)
     if packed.left_out:
         click.echo(f"left out, not committed: {', '.join(packed.left_out)}", err=True)
     click.echo(

@@ -11,6 +11,8 @@ from typing import Any
 import click
 
 from minecube.catalog import parse_years
+from minecube.errors import PlaceError
+from minecube.places import Place, Url, check_writable, place_of
 
 Pair = tuple[int, int]
 
@@ -34,44 +36,112 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-class _OutPath(click.Path):
-    """A path to write to."""
+class _InPlace(click.ParamType[Place]):
+    """A path or URL to read."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """Convert text to a path, or fail before hours of work are lost.
+    def __init__(self, local: click.Path) -> None:
+        self._local = local
+        self.name = local.name
 
-        Tries to write a temporary file, since permissions do not show what an administrator may
-        write.
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Place:
+        """Convert text to a path or URL, or fail."""
+        place = place_of(value)
+        if isinstance(place, Path):
+            self._local.convert(str(place), param, ctx)
+        elif self._local.exists and not (place.exists() or place.has_objects()):
+            self.fail(f"{str(place)!r} does not exist", param, ctx)
+        return place
+
+
+class InFile(_InPlace):
+    """A file to read. With `exists`, a missing file is an error when options are read."""
+
+    def __init__(self, *, exists: bool = True) -> None:
+        super().__init__(click.Path(exists=exists, dir_okay=not exists))
+
+
+class InFolder(_InPlace):
+    """A folder to read, and maybe to write to. `exists` as for `InFile`."""
+
+    def __init__(self, *, exists: bool = True) -> None:
+        super().__init__(click.Path(exists=exists, file_okay=not exists))
+
+
+class _OutPlace(click.ParamType[Place]):
+    """A path or URL to write to."""
+
+    def __init__(self, local: click.Path) -> None:
+        self._local = local
+        self.name = local.name
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Place:
+        """Convert text to a path or URL, or fail before hours of work are lost.
+
+        Tries to write a temporary file or object, since permissions do not show what an
+        administrator may write.
         """
-        path = Path(str(super().convert(value, param, ctx)))
-        file = path
-        if self.dir_okay:
-            file = path / "new"
+        place = place_of(value)
+        if isinstance(place, Url):
+            self._check_url(place)
+            return place
+        self._local.convert(str(place), param, ctx)
+        file = place
+        if self._local.dir_okay:
+            file = place / "new"
         folder = next(folder for folder in file.absolute().parents if folder.exists())
         try:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             self.fail(
-                f"{str(path)!r}: {folder} cannot be written to ({error.strerror}); "
+                f"{str(place)!r}: {folder} cannot be written to ({error.strerror}); "
                 "name another place",
                 param,
                 ctx,
             )
-        return path
+        return place
+
+    def _check_url(self, url: Url) -> None:
+        """Raise PlaceError for a bucket instead of a file, or as `check_writable` does."""
+        folder = url
+        if not self._local.dir_okay:
+            if not url.key:
+                raise PlaceError(f"{url}: names a bucket; expected a file in it, {url}/NAME")
+            folder = url.parent
+        check_writable(folder)
 
 
-class OutFile(_OutPath):
-    """A file to write. Its nearest existing parent folder must be writable."""
+class OutFile(_OutPlace):
+    """A file to write. Its nearest existing parent folder, or its bucket, must be writable."""
 
     def __init__(self) -> None:
-        super().__init__(dir_okay=False, path_type=Path)
+        super().__init__(click.Path(dir_okay=False))
 
 
-class OutFolder(_OutPath):
-    """A folder to write to. The folder, or its nearest existing parent, must be writable."""
+class OutFolder(_OutPlace):
+    """A folder to write to. It, its nearest existing parent, or its bucket, must be writable."""
 
     def __init__(self) -> None:
-        super().__init__(file_okay=False, path_type=Path)
+        super().__init__(click.Path(file_okay=False))
+
+
+class LocalFolder(OutFolder):
+    """A folder to write to on this machine."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Place:
+        """Convert text to a path, or fail."""
+        if "://" in str(value):
+            self.fail(
+                f"{value!r}: expected a local folder, found a URL; name a folder, and copy it",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
 
 
 class Years(click.ParamType[tuple[int, ...]]):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 
 import click
 
+from minecube.catalog import Site
+from minecube.cli.bars import progress_bar
 from minecube.cli.options import (
     SiteOptions,
     catalog_sites_options,
@@ -14,10 +16,13 @@ from minecube.cli.options import (
     store_option,
     years_option,
 )
+from minecube.cli.parameters import InFile
 from minecube.cli.scene_options import JobOptions, job_options
 from minecube.composite.plan import Estimate, Terms
+from minecube.jobs.build import BuildJob
 from minecube.jobs.plan import BuildPlan, plan_build
 from minecube.jobs.tables import format_table
+from minecube.places import Place
 
 
 @click.command()
@@ -27,13 +32,13 @@ from minecube.jobs.tables import format_table
 @store_option
 @click.option(
     "--prices",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=InFile(),
     help="YAML file with any of latency_s, mb_per_s, cores, currency, per_1000_requests, per_gb "
     "and per_core_hour.",
 )
 @collect_options
 def plan(
-    sites: SiteOptions, years: tuple[int, ...], options: JobOptions, prices: Path | None
+    sites: SiteOptions, years: tuple[int, ...], options: JobOptions, prices: Place | None
 ) -> None:
     """Estimate the requests, bytes, memory, time and cost of a build.
 
@@ -47,10 +52,24 @@ def plan(
     terms = Terms()
     if prices:
         terms = Terms.load(prices)
-    planned = plan_build(job, sites.load(job.store), years, terms)
+    planned = plan_with_bar(job, sites.load(job.store), years, terms)
     print_plan(planned)
     if planned.errors:
         click.get_current_context().exit(1)
+
+
+def plan_with_bar(
+    job: BuildJob, sites: Sequence[Site], years: Sequence[int], terms: Terms | None = None
+) -> BuildPlan:
+    """Plan a build as `plan_build` does, and show the progress."""
+    with progress_bar("planning", len(sites) * len(years), "site-years") as bar:
+        return plan_build(
+            job,
+            sites,
+            years,
+            terms,
+            lambda planned: bar.advance(f"{planned.site} {planned.year}, {planned.state}"),
+        )
 
 
 def print_plan(planned: BuildPlan) -> None:

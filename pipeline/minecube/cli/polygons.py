@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 
 import click
 import pandas as pd
@@ -19,7 +19,7 @@ from minecube.cli.options import (
     layer_option,
     sites_layer_option,
 )
-from minecube.cli.parameters import FiniteRange, OutFile
+from minecube.cli.parameters import FiniteRange, InFile, OutFile
 from minecube.errors import LabelError
 from minecube.jobs.polygons import (
     FAR_FROM_SITE,
@@ -32,6 +32,7 @@ from minecube.jobs.polygons import (
 )
 from minecube.jobs.selection import SiteChoice, choose_sites
 from minecube.jobs.tables import format_table, write_json
+from minecube.places import Place, outgoing, place_of
 from minecube.vectors import SUFFIXES
 
 _SHOWN = 20
@@ -44,7 +45,7 @@ class NamedSites:
     """Sites of the polygons: --sites and --catalog."""
 
     choice: SiteChoice | None
-    catalog: Path | None
+    catalog: Place | None
 
     def load(self) -> list[Site]:
         """Choose the sites; none without --sites."""
@@ -69,8 +70,8 @@ class Comparison:
     @property
     def file(self) -> PolygonFile | None:
         """The second mapper's file, if --compare names a file."""
-        if self.compare and Path(self.compare).suffix.lower() in SUFFIXES:
-            return PolygonFile(Path(self.compare), self.compare_layer)
+        if self.compare and PurePath(self.compare).suffix.lower() in SUFFIXES:
+            return PolygonFile(place_of(self.compare), self.compare_layer)
         return None
 
     @property
@@ -82,7 +83,7 @@ class Comparison:
 
 
 @click.command()
-@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("path", metavar="FILE", type=InFile(exists=False))
 @layer_option
 @click.option(
     "--sites",
@@ -119,8 +120,8 @@ def polygons(
     sites: NamedSites,
     comparison: Comparison,
     min_width_m: float,
-    out: Path | None,
-    report: Path | None,
+    out: Place | None,
+    report: Place | None,
 ) -> None:
     """Check and repair a file of mine polygons, and compare the people who mapped.
 
@@ -154,7 +155,8 @@ def polygons(
         columns = agreement.drop(columns=["pixels_both", "pixels_either"])
         click.echo("\n" + _table_in_km2(columns, always=("iou", "raster_iou")))
     if out:
-        export.write_footprints(survey.repaired, out)
+        with outgoing(out) as path:
+            export.write_footprints(survey.repaired, path)
     if report:
         write_json(report, survey.content(agreement), "the report")
     if (survey.findings["finding"] == FAR_FROM_SITE).any():

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import click
 
 from minecube import cube, models
 from minecube.catalog.fields import FieldError, need_name
-from minecube.cli.bars import progress_bar
+from minecube.cli.bars import Bar, progress_bar
 from minecube.cli.options import (
     StoreSites,
     catalog_option,
@@ -34,6 +33,7 @@ from minecube.jobs.predict import (
     map_site,
 )
 from minecube.jobs.workers import connect_workers
+from minecube.places import Place
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ModelOptions:
     """The model: --model and --catalog."""
 
     model: str
-    catalog: Path | None
+    catalog: Place | None
 
 
 def _check_name(_ctx: click.Context, _param: click.Parameter, name: str | None) -> str | None:
@@ -62,7 +62,7 @@ def _check_name(_ctx: click.Context, _param: click.Parameter, name: str | None) 
 @click.option(
     "--model",
     required=True,
-    help="File of a trained model, or the name of a model with weights (catalog/models.yaml).",
+    help="Path or object-store URL of a trained model, or the name of a model with weights (catalog/models.yaml).",
 )
 @click.option(
     "--name",
@@ -137,11 +137,11 @@ def predict(
     options = replace(options, prediction=prediction)
     total = Mapped(0, 0, 0.0)
     start = time.monotonic()
-    with connect_workers(scheduler) as pool:
+    with connect_workers(scheduler) as pool, progress_bar("mapping", len(built), "sites") as bar:
         if pool is None:
             keep_memory()
             results: Iterator[tuple[str, Mapped]] = (
-                _map_here(store, site, mapper, options) for site in built
+                _map_here(store, site, mapper, options, bar) for site in built
             )
         else:
             reference = ModelReference(
@@ -152,33 +152,36 @@ def predict(
             place = f"{store}, group {name}/predictions/{prediction}"
             maps = _describe_maps(mapped, mapper)
             click.echo(f"{name}: {maps}; prediction {prediction} ({place})")
+            bar.advance(name)
             seconds = time.monotonic() - start
             total = Mapped(total.maps + mapped.maps, total.pixels + mapped.pixels, seconds)
     if len(built) > 1 and total.maps:
         click.echo(f"in all: {total}")
-    if len(built) < len(names):
-        unbuilt = ", ".join(name for name in names if name not in built)
-        click.echo(
-            f"not mapped, no committed year: {unbuilt}; run `minecube build` until it says built",
-            err=True,
-        )
-        click.get_current_context().exit(1)
+    _exit_if_unbuilt([name for name in names if name not in built])
 
 
 def _map_here(
-    store: cube.Store, site: str, mapper: models.Mapper, options: MapOptions
+    store: cube.Store, site: str, mapper: models.Mapper, options: MapOptions, bar: Bar
 ) -> tuple[str, Mapped]:
-    """Map a site with a progress bar. Returns its name and the result."""
+    """Map a site, and show its windows in the bar. Returns its name and the result."""
     start = time.monotonic()
-    with progress_bar(f"mapping {site}") as bar:
 
-        def show_rate(windows: int, total: int) -> None:
-            rate = ""
-            if windows:
-                rate = f"{windows / (time.monotonic() - start):.0f} windows/s"
-            bar.show(f"{windows} of {total} windows, {rate}")
+    def show_rate(windows: int, total: int) -> None:
+        rate = windows / (time.monotonic() - start)
+        bar.show(f"{site}, {windows} of {total} windows, {rate:.0f} windows/s")
 
-        return site, map_site(store, site, mapper, options, show_rate)
+    return site, map_site(store, site, mapper, options, show_rate)
+
+
+def _exit_if_unbuilt(sites: Sequence[str]) -> None:
+    """Print the sites without a committed year, and exit with 1 if there are any."""
+    if sites:
+        click.echo(
+            f"not mapped, no committed year: {', '.join(sites)}; "
+            "run `minecube build` until it says built",
+            err=True,
+        )
+        click.get_current_context().exit(1)
 
 
 def _describe_maps(mapped: Mapped, mapper: models.Mapper) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import click
@@ -14,9 +13,11 @@ from minecube import release as releases
 from minecube.catalog import Release, load_releases, load_sites, pick
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
+from minecube.cli.parameters import InFile, InFolder, OutFile, OutFolder
 from minecube.jobs.release import ExportedSite, export_release
 from minecube.jobs.tables import format_table
 from minecube.network import remove_query
+from minecube.places import Place, Url, outgoing
 from minecube.release import audit as auditing
 from minecube.release import layout
 
@@ -58,7 +59,7 @@ def _check_archive(_ctx: click.Context, _param: click.Parameter, archive: str | 
 @click.argument("archive", callback=_check_archive)
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutFolder(),
     required=True,
     help="Folder for the import. Pass it to other commands as --catalog.",
 )
@@ -74,10 +75,11 @@ def _check_archive(_ctx: click.Context, _param: click.Parameter, archive: str | 
     show_default=True,
     help="Published dataset (catalog/releases.yaml).",
 )
-def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
+def import_(archive: str, out: Place, download: bool, release_id: str) -> None:
     """Import sites, grids, years and labels of a published archive (URL or path).
 
-    Reads byte ranges only. An interrupted import resumes when you run it again.
+    Reads byte ranges only. An interrupted import into a local folder resumes when you run it
+    again.
 
     \b
     Example:
@@ -85,21 +87,31 @@ def import_(archive: str, out: Path, download: bool, release_id: str) -> None:
     """
     published = _load_release(release_id)
     if download:
-        with progress_bar("downloading") as bar:
+        if isinstance(out, Url):
+            raise click.UsageError(
+                f"--download keeps the archive in a local folder, and --out is {out}: "
+                "download it first, and name the file"
+            )
+        with progress_bar("downloading MB") as bar:
             path = releases.download(
-                archive, out, lambda n, total: bar.advance(parts=n, total=total)
+                archive,
+                out,
+                lambda size, total: bar.reach(round(size / 1e6), round(total / 1e6)),
             )
         archive = str(path)
     # Print this first: a silent server is tried again for minutes.
     click.echo(f"reading the directory of {archive.partition('?')[0]}", err=True)
     opened = releases.Archive(archive)
     sites = releases.find_members(opened.names()).sites()
-    with progress_bar("importing", len(sites)) as bar:
-        imported = releases.import_release(opened, out, published, load_sites(), bar.advance)
+    with (
+        outgoing(out, update=True) as folder,
+        progress_bar("importing", len(sites), "sites") as bar,
+    ):
+        imported = releases.import_release(opened, folder, published, load_sites(), bar.advance)
     _print_import(imported, opened, out)
 
 
-def _print_import(imported: releases.Imported, archive: releases.Archive, out: Path) -> None:
+def _print_import(imported: releases.Imported, archive: releases.Archive, out: Place) -> None:
     mapped = int(imported.labels["mapped"].sum())
     listed = int(imported.years["label"].notna().sum())
     click.echo(
@@ -123,7 +135,7 @@ def _print_import(imported: releases.Imported, archive: releases.Archive, out: P
 
 
 @release.command()
-@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("folder", type=InFolder(exists=False))
 @click.option(
     "--pixels",
     "archive",
@@ -134,16 +146,16 @@ def _print_import(imported: releases.Imported, archive: releases.Archive, out: P
 @click.option(
     "--split",
     "split_file",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=InFile(exists=False),
     help="Split to audit (JSON). [default: the published split]",
 )
 @click.option(
     "--json",
     "out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OutFile(),
     help="File for all findings and tables.",
 )
-def audit(folder: Path, archive: str | None, split_file: Path | None, out: Path | None) -> None:
+def audit(folder: Place, archive: str | None, split_file: Place | None, out: Place | None) -> None:
     """List faults of an imported release and of its split. Exits with 1 if there are any.
 
     \b
@@ -172,24 +184,25 @@ def audit(folder: Path, archive: str | None, split_file: Path | None, out: Path 
         }
         if bands is not None:
             content["bands"] = bands.to_dict("records")
-        releases.write_json(out, content)
+        with outgoing(out) as path:
+            releases.write_json(path, content)
     if findings:
         click.get_current_context().exit(1)
 
 
-def _load_split(file: Path | None, published: Release) -> auditing.Split:
+def _load_split(file: Place | None, published: Release) -> auditing.Split:
     """Read the split of a file, by default the published split."""
     if file:
         return auditing.read_split(file)
     return auditing.select_split(published, load_sites())
 
 
-def _read_pixels(archive: str, imported: releases.Imported, folder: Path) -> pd.DataFrame:
+def _read_pixels(archive: str, imported: releases.Imported, folder: Place) -> pd.DataFrame:
     """Sum the pixels of all images in the archive."""
     opened = releases.Archive(archive)
     releases.check_same_archive(opened, imported, folder)
     images = int(imported.years["image"].notna().sum())
-    with progress_bar("reading images", images) as bar:
+    with progress_bar("reading", images, "images") as bar:
         return auditing.sum_pixels(opened, imported.years, bar.advance)
 
 
@@ -240,18 +253,18 @@ def _print_bands(bands: pd.DataFrame | None) -> None:
 @click.option(
     "--import",
     "folder",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=InFolder(exists=False),
     help="Folder made by `release import`. Files are then written on the grids of the "
     "release, and labels are compared with it.",
 )
 @click.option(
     "--out",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutFolder(),
     required=True,
     help="Folder for EuroMineNet/.",
 )
 @collect_options
-def export(sites: StoreSites, folder: Path | None, out: Path) -> None:
+def export(sites: StoreSites, folder: Place | None, out: Place) -> None:
     """Write cubes in the layout of the release: int16 images and 0/255 labels in EPSG:4326.
 
     With --import, files lie on the release's own grids, and labels are compared with the release's.
@@ -261,8 +274,8 @@ def export(sites: StoreSites, folder: Path | None, out: Path) -> None:
       minecube release export --store cubes.zarr --import eurominenet --out again
     """
     names = sites.names()
-    with progress_bar("exporting", len(names)) as bar:
-        exported = export_release(sites.store, names, out, folder, bar.advance)
+    with outgoing(out) as local, progress_bar("exporting", len(names), "sites") as bar:
+        exported = export_release(sites.store, names, local, folder, bar.advance)
     columns = ("site", "images", "labels", "without label", "lowest IoU with the release's")
     click.echo(format_table(columns, [_summarise(site) for site in exported]))
     images = sum(site.years for site in exported)

@@ -8,26 +8,21 @@ from pathlib import Path
 
 import click
 
-from minecube.catalog import Dataset, load_dataset
+from minecube.catalog import Dataset
 from minecube.catalog.dataset import TEMPLATE
-from minecube.cli.bars import progress_bar
-from minecube.cli.options import collect_options
+from minecube.cli.bars import Bar, progress_bar
+from minecube.cli.options import collect_options, parse_dataset
 from minecube.cli.parameters import OutFile, Years
 from minecube.errors import CatalogError
 from minecube.jobs.runs import RunOptions, Summary
 from minecube.jobs.runs import run as run_dataset
 from minecube.jobs.runs.driver import make_plan
+from minecube.jobs.runs.summary import Progress
 from minecube.jobs.runs.units import Shard, Unit, list_steps
 from minecube.jobs.runs.worker import Result
 from minecube.jobs.tables import format_table
 
 _MOST_FAILURES = 20
-
-
-def _parse_dataset(
-    _ctx: click.Context, _param: click.Parameter, path: Path | None
-) -> Dataset | None:
-    return None if path is None else load_dataset(path)
 
 
 def _parse_steps(
@@ -45,7 +40,7 @@ def _parse_shard(_ctx: click.Context, _param: click.Parameter, text: str | None)
     "dataset",
     type=click.Path(dir_okay=False, path_type=Path),
     required=False,
-    callback=_parse_dataset,
+    callback=parse_dataset,
 )
 @click.option(
     "--init",
@@ -116,16 +111,21 @@ def run(
         return
     logging.getLogger("minecube.jobs.runs").setLevel(logging.INFO)  # the dashboard's address
     with progress_bar("running") as bar:
-
-        def report(unit: Unit, result: Result, ended: int, total: int) -> None:
-            note = str(unit)
-            if not result.is_good:
-                note += f" failed: {result.message}"
-            bar.reach(ended, total, note)
-
-        summary = run_dataset(dataset, options, report)
+        summary = run_dataset(dataset, options, report_to(bar))
     print_summary(summary, list_steps(dataset, options.only))
     click.get_current_context().exit(summary.exit_code)
+
+
+def report_to(bar: Bar) -> Progress:
+    """Make the function that shows each unit that ends."""
+
+    def report(unit: Unit, result: Result, total: int) -> None:
+        note = str(unit)
+        if not result.is_good:
+            note += f" failed: {result.message}"
+        bar.advance(note, total)
+
+    return report
 
 
 def _write_template(path: Path) -> None:
@@ -159,7 +159,8 @@ def print_summary(summary: Summary, steps: list[str]) -> None:
         unit, reason = next(iter(summary.stale.items()))
         click.echo(
             f"{len(summary.stale)} site-years are stale and were left as they are (first "
-            f"{unit.site} {unit.year}: {reason}); `minecube update` builds them again",
+            f"{unit.site} {unit.year}: {reason}); `minecube update` builds them again, with --rebuild also those of other "
+            "versions of minecube",
             err=True,
         )
     if sum(summary.waiting.values()):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import click
 
 from minecube import cube
 from minecube.catalog import Recipe, Source, pick
 from minecube.cli.options import F
+from minecube.cli.parameters import InFolder
 from minecube.jobs.build import BuildJob
 from minecube.jobs.catalogs import choose_sources, load_all_recipes
 from minecube.jobs.scene_lists import default_folder
+from minecube.places import Place
 
 source_option = click.option(
     "--source",
@@ -32,9 +33,9 @@ _recipe_option = click.option(
 _snapshots_option = click.option(
     "--scenes",
     "snapshots",
-    type=click.Path(path_type=Path),
-    help="Folder of scene lists. Existing lists are reused; missing ones are searched and saved. "
-    "[default: <store>-scenes]",
+    type=InFolder(exists=False),
+    help="Folder of scene lists: a path or an object-store URL. Existing lists are reused; missing "
+    "ones are searched and saved. [default: <store>-scenes]",
 )
 
 
@@ -54,7 +55,7 @@ class SceneOptions:
 
     source_ids: str
     recipe_id: str
-    catalog: Path | None
+    catalog: Place | None
 
     def sources(self) -> tuple[Source, ...]:
         """Return the sources in order of preference."""
@@ -70,7 +71,7 @@ class JobOptions(SceneOptions):
     """Input, method and store of a build: also --store and --scenes."""
 
     store: cube.Store
-    snapshots: Path | None
+    snapshots: Place | None
 
     def load(self) -> BuildJob:
         """Return the settings of a build."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
 from minecube import metrics
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
-from minecube.cli.parameters import OutFile, OutFolder
+from minecube.cli.parameters import InFile, OutFile, OutFolder
 from minecube.errors import CatalogError
 from minecube.jobs.score import Counts, count_sites, join_counts, read_counts
 from minecube.jobs.score_tables import NOUN, ScoreTables, replace_nan, write_tables
 from minecube.jobs.tables import write_json
+from minecube.places import Place, outgoing
 
 
 @click.command()
@@ -38,7 +38,7 @@ from minecube.jobs.tables import write_json
     "--join",
     "joined",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=InFile(),
     help="Counts of other sites (counts.json, which --out writes), to score together. May be "
     "repeated.",
 )
@@ -53,9 +53,9 @@ def score(
     sites: StoreSites,
     models: str,
     baselines: bool,
-    joined: Sequence[Path],
-    json_file: Path | None,
-    out: Path | None,
+    joined: Sequence[Place],
+    json_file: Place | None,
+    out: Place | None,
 ) -> None:
     """Compare predictions with the labels, per site, year, gap and pair of years, and pooled.
 
@@ -80,7 +80,7 @@ def score(
     counts: Counts = {prediction: {} for prediction in predictions}
     for path, scores in earlier:
         join_counts(counts, path, scores, names)
-    with progress_bar("scoring", len(names) * len(predictions)) as bar:
+    with progress_bar("scoring", len(names) * len(predictions), "maps") as bar:
         added = count_sites(
             sites.store, names, predictions, baselines=baselines, progress=bar.advance
         )
@@ -92,8 +92,10 @@ def score(
         content = {"ca_tiou_version": metrics.CA_TIOU_VERSION, **tables.content()}
         write_json(json_file, replace_nan(content), NOUN)
     if out:
-        for path in write_tables(tables, out):
-            click.echo(path)
+        with outgoing(out) as folder:
+            paths = write_tables(tables, folder)
+        for path in paths:
+            click.echo(out / path.relative_to(folder))
 
 
 def _split_models(models: str) -> list[str]:

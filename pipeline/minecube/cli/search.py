@@ -15,6 +15,7 @@ from minecube.cli.scene_options import source_option
 from minecube.jobs.catalogs import choose_sources
 from minecube.jobs.scene_lists import search_and_save
 from minecube.jobs.tables import format_table
+from minecube.places import Place
 
 
 @click.command()
@@ -30,7 +31,7 @@ from minecube.jobs.tables import format_table
     "reads them.",
 )
 @collect_options
-def search(sites: SiteOptions, years: tuple[int, ...], source_ids: str, out: Path) -> None:
+def search(sites: SiteOptions, years: tuple[int, ...], source_ids: str, out: Place) -> None:
     """Search the scenes of sites and years, and save one list per site-year.
 
     The lists are stac-geoparquet files for `build --scenes`.
@@ -42,12 +43,12 @@ def search(sites: SiteOptions, years: tuple[int, ...], source_ids: str, out: Pat
     loaded = sites.load()
     sources = choose_sources(source_ids, sites.catalog)
     rows = []
-    with progress_bar("searching", len(loaded) * len(years)) as bar:
+    with progress_bar("searching", len(loaded) * len(years), "site-years") as bar:
         for site in loaded:
             for year in years:
                 listed = search_and_save(site, year, sources, out)
                 rows.append((site.id, year, *_summarise(listed)))
-                bar.advance(site.id)
+                bar.advance(f"{site.id} {year}")
     columns = ("site", "year", "scenes", "days", "copies", "refused", "cloud %", "baselines")
     click.echo(format_table(columns, rows))
     click.echo(f"saved in {out}")

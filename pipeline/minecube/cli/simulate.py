@@ -8,7 +8,7 @@ import click
 
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import SiteOptions, catalog_sites_options, collect_options
-from minecube.cli.parameters import SEED, Years
+from minecube.cli.parameters import SEED, LocalFolder, Years
 from minecube.simulate import World
 from minecube.simulate import simulate_archive as make_world
 
@@ -20,7 +20,7 @@ from minecube.simulate import simulate_archive as make_world
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=LocalFolder(),
     required=True,
     help="Folder for the archive. Pass it to other commands as --catalog.",
 )
@@ -47,7 +47,7 @@ def simulate(sites: SiteOptions, out: Path, world: World) -> None:
       minecube build --catalog world --sites demo_1 --years 2020-2022 --source sim-cdse --store cubes.zarr
     """
     loaded = sites.load()
-    with progress_bar("simulating") as bar:
+    with progress_bar("simulating", len(loaded) * len(world.years), "site-years") as bar:
         make_world(loaded, out, world, progress=bar.advance)
     click.echo(
         f"{out}: {len(loaded)} sites, {len(world.years)} years; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,6 +13,7 @@ from minecube.cli.parameters import FiniteRange, OutFolder, RatesMethod
 from minecube.errors import CatalogError
 from minecube.jobs.tables import format_table
 from minecube.jobs.tracks import SUFFIX, SmoothedSites, choose_rates, read_maps, smooth_sites
+from minecube.places import Place, outgoing
 from minecube.tracks.smoothing import TEMPER
 
 
@@ -51,7 +51,7 @@ def tracks(
     model: str,
     method: str | tuple[float, float],
     temper: float,
-    out: Path,
+    out: Place,
 ) -> None:
     """Smooth a model's yearly maps through time, and date openings, growth and reclamation.
 
@@ -74,8 +74,8 @@ def tracks(
     maps = read_maps(sites.store, names, prediction)
     rates = choose_rates(sites.store, maps, method, temper)
     smoothed = SmoothedSites(prediction, maps, rates)
-    with progress_bar("smoothing", len(names)) as bar:
-        summaries = smooth_sites(sites.store, smoothed, out, bar.advance)
+    with outgoing(out) as folder, progress_bar("smoothing", len(names), "sites") as bar:
+        summaries = smooth_sites(sites.store, smoothed, folder, bar.advance)
     _print_summaries(summaries)
     click.echo(
         f"\nrates per year: opening {rates.opening:.3g}, closing {rates.closing:.3g}; "

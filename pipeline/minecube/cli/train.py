@@ -28,6 +28,7 @@ from minecube.errors import CatalogError, ModelError
 from minecube.jobs.catalogs import load_all_models, load_all_presets
 from minecube.jobs.selection import SiteChoice, stored_sites
 from minecube.jobs.train import checkpoint_path, join_process_group, train_network
+from minecube.places import Place
 
 MOST_WORKERS = 256
 """Most processes to cut windows. All are forked immediately, and each takes memory."""
@@ -40,7 +41,7 @@ class NetworkOptions:
     model_id: str
     preset_id: str
     epochs: int | None
-    catalog: Path | None
+    catalog: Place | None
 
     def card(self) -> ModelCard:
         """Return the card of the network."""
@@ -106,7 +107,7 @@ def train(
     sites: StoreSites,
     valid: SiteChoice | None,
     network: NetworkOptions,
-    out: Path,
+    out: Place,
     run: training.TrainingOptions,
 ) -> None:
     """Train a network on all labelled site-years of the chosen cubes.
@@ -131,13 +132,13 @@ def train(
             f"--sites {sites.choice}: no site is left to learn from, "
             f"because --valid {valid} names them all"
         )
-    if not out.absolute().parent.is_dir():
+    if isinstance(out, Path) and not out.absolute().parent.is_dir():
         raise ModelError(
             f"{out}: its folder is not there, so the model could not be written; make it first"
         )
     with (
         join_process_group(run.device) as (device, is_main),
-        progress_bar(f"training {card.id}") as bar,
+        progress_bar(f"training {card.id}", shown=is_main) as bar,
     ):
         run = dataclasses.replace(
             run, checkpoint=checkpoint_path(out), device=device, progress=bar.reach
@@ -150,7 +151,7 @@ def train(
 
 def _print_result(
     fitted: training.TrainingResult,
-    out: Path,
+    out: Place,
     train_sites: Sequence[str],
     valid_sites: Sequence[str],
 ) -> None:

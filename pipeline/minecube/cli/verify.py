@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
@@ -14,6 +13,7 @@ from minecube.cli.options import StoreSites, collect_options, sites_option, stor
 from minecube.cli.parameters import OutFile
 from minecube.jobs.repair import repair_commands
 from minecube.jobs.tables import write_json
+from minecube.places import Place
 
 _SHOWN = 50
 """Most findings printed. The JSON has all."""
@@ -37,7 +37,7 @@ _SHOWN = 50
     "next `minecube build` rebuilds the site-years.",
 )
 @collect_options
-def verify(sites: StoreSites, out: Path | None, workers: int, uncommit: bool) -> None:
+def verify(sites: StoreSites, out: Place | None, workers: int, uncommit: bool) -> None:
     """Check a store against its checksums, and list what to rebuild.
 
     Reads every object once. Detects flipped bits and missing or unlisted chunks, and compares
@@ -57,7 +57,7 @@ def verify(sites: StoreSites, out: Path | None, workers: int, uncommit: bool) ->
             store,
             names,
             workers=workers,
-            progress=lambda part, total, name: bar.advance(f"{name}, {part} of {total}"),
+            progress=bar.reach,
         )
     _print_findings(report)
     commands = repair_commands(store, report)

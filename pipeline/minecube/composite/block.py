@@ -52,7 +52,7 @@ from minecube.reader import Ledger
 Layers = dict[str, AnyArray]
 BLOCK_BYTES = 1_000_000_000
 """Memory limit of a block in bytes. A block above it, due to many dates, is made in parts."""
-_SMALLEST_PX = 48  # a block is not cut further
+_SMALLEST_ROWS = 32  # a block is not cut further
 _STRIP_PX = 32  # rows per strip, a stack of all bands and dates
 _BLACK = 1  # the stored value of reflectance that atmospheric correction made zero or negative
 _CLEAR_KINDS = (CLEAR, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
@@ -70,21 +70,21 @@ def composite_block(
     """Composite one block: `reflectance` uint16 [band, y, x], and the recipe's layers [y, x].
 
     Scenes must be in the order of `sort_in_mosaic_order`. A block that needs more than
-    `block_bytes` of memory is made in parts, of `_SMALLEST_PX` pixels or more.
+    `block_bytes` of memory is made in parts, of `_SMALLEST_ROWS` rows or more.
     """
     _, mask_margin_m = compute_margins(recipe)
     scenes = scenes_near(scenes, pad(box, mask_margin_m))
     if not scenes:
         return _make_empty_layers(box, recipe)
-    if estimate_memory(scenes, box, recipe) > block_bytes and max(box.shape) >= 2 * _SMALLEST_PX:
-        axis, halves = _halve(box)
+    if estimate_memory(scenes, box, recipe) > block_bytes and box.shape[0] >= 2 * _SMALLEST_ROWS:
+        # Halves have all columns. GDAL's warp interpolates positions along a row, so pixels of
+        # another UTM zone would differ by a rounding step between windows of other columns.
+        middle = box.shape[0] // 2 // 8 * 8
         parts = [
             composite_block(scenes, half, recipe, year, geomedian, ledger, block_bytes)
-            for half in halves
+            for half in (box[:middle], box[middle:])
         ]
-        return {
-            name: np.concatenate([part[name] for part in parts], axis=axis - 2) for name in parts[0]
-        }
+        return {name: np.concatenate([part[name] for part in parts], axis=-2) for name in parts[0]}
     block = _Block.from_task(
         BlockTask(
             scenes=scenes, box=box, recipe=recipe, year=year, geomedian=geomedian, ledger=ledger
@@ -93,15 +93,6 @@ def composite_block(
     while (layers := block.composite()) is None:
         pass  # each pass gives pixels to a later scene of their day, or removes the day
     return layers
-
-
-def _halve(box: GeoBox) -> tuple[int, tuple[GeoBox, GeoBox]]:
-    """Cut a block across its longer axis: the axis and the halves."""
-    axis = int(box.shape[1] >= box.shape[0])
-    middle = box.shape[axis] // 2 // 8 * 8
-    if axis == 0:
-        return axis, (box[:middle], box[middle:])
-    return axis, (box[:, :middle], box[:, middle:])
 
 
 def _make_empty_layers(box: GeoBox, recipe: Recipe) -> Layers:

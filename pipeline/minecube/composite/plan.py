@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from minecube.composite.needs import (
 )
 from minecube.errors import CatalogError
 from minecube.grid import PIXEL_M, coarsen, iterate_blocks, pad
+from minecube.places import Place
 from minecube.reader import HEAD_BYTES, READ_THREADS
 
 _STORED: dict[int | str, float] = {10: 1.5, 20: 1.4, SCL: 0.06}
@@ -56,7 +56,8 @@ _OFFSET_BANDS = 4
 _REGISTRATION_BANDS = 2
 """Reads per scene, SCL included, to check its position (`composite.registration`)."""
 _CHECKED_PX = 200  # side of the window read by checks
-_BASE_BYTES = 100_000_000  # buffers of the reading threads
+BASE_BYTES = 100_000_000
+"""Memory for the buffers of the reading threads, in `Estimate.block_bytes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +76,10 @@ class Terms:
     per_core_hour: float | None = None
 
     @classmethod
-    def load(cls, path: Path) -> Terms:
+    def load(cls, path: Place) -> Terms:
         """Load terms from a YAML file; raise CatalogError for any other content."""
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(path.read_bytes().decode("utf-8"))
         except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
             raise CatalogError(
                 f"{path}: cannot be read as prices: {describe_yaml_error(error)}"
@@ -199,7 +200,7 @@ def estimate(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Est
             continue
         sums += _count_block(listed, box, recipe, opened)
         memory = min(estimate_memory(listed, box, recipe), BLOCK_BYTES)
-        block_bytes = max(block_bytes, memory + _BASE_BYTES)
+        block_bytes = max(block_bytes, memory + BASE_BYTES)
     checks = _count_checks(scenes, grid, recipe)
     sums[1:] += checks[1:]
     reads, requests, read_bytes, pixels = sums.tolist()

@@ -37,10 +37,17 @@ against them.
 
 from __future__ import annotations
 
-from minecube.cube.markers import completeness_of, is_committed, read_counts, read_markers
+from minecube.cube.markers import (
+    completeness_of,
+    find_build,
+    is_committed,
+    read_counts,
+    read_markers,
+)
 from minecube.cube.provenance import (
     describe_build,
     hash_build,
+    hash_inputs,
     leave_out,
     list_used_scenes,
     note_copies,
@@ -75,10 +82,12 @@ __all__ = [
     "completeness_of",
     "create_site",
     "describe_build",
+    "find_build",
     "find_prediction",
     "finish_commit",
     "has_unfinished_build",
     "hash_build",
+    "hash_inputs",
     "is_committed",
     "leave_out",
     "list_sites",

@@ -11,6 +11,7 @@ import pandas as pd
 import zarr
 import zarr.errors
 
+from minecube.cube.listing import attributes_in, read_object
 from minecube.cube.provenance import hash_build
 from minecube.cube.store import Store
 from minecube.digests import sha256_of_json
@@ -126,9 +127,8 @@ def is_committed(
     marker = read_marker(store, site_id, year)
     if marker is None or PLACING in marker:
         return False
-    is_same = marker["build_id"] == build and (
-        not marker.get("offset_conflicts")
-        or marker["on_offset_conflict"] == provenance["on_offset_conflict"]
+    is_same = marker["build_id"] == build and _has_same_decisions(
+        marker, provenance.get("on_offset_conflict")
     )
     if overwrite:
         return is_same and completeness_of(marker) >= completeness
@@ -139,6 +139,30 @@ def is_committed(
             "use --overwrite to replace it"
         )
     return True
+
+
+def find_build(
+    store: Store, site_id: str, year: int, inputs: str, on_offset_conflict: str
+) -> dict[str, Any] | None:
+    """Return the provenance of a committed year if it was built from these inputs; else None.
+
+    `inputs` is as from `hash_inputs`. None may also mean that the marker is damaged, or of an older
+    version, which stored no inputs. Zarr would take 0.5 ms to read the marker instead of 0.1.
+    """
+    if store.path is not None and not store.path.exists():
+        return None
+    raw = store.open_objects()
+    marker = attributes_in(read_object(raw, f"{marker_path(site_id, year)}/zarr.json"))
+    if marker is None or PLACING in marker or marker.get("inputs") != inputs:
+        return None
+    return marker if _has_same_decisions(marker, on_offset_conflict) else None
+
+
+def _has_same_decisions(marker: Mapping[str, Any], on_offset_conflict: str | None) -> bool:
+    """Whether a run with this rule for offset conflicts would decide as the committed build."""
+    if not marker.get("offset_conflicts"):
+        return True
+    return bool(marker["on_offset_conflict"] == on_offset_conflict)
 
 
 def completeness_of(marker: Mapping[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -31,10 +32,16 @@ def describe_build(
         "grid": describe_grid(grid),
         "recipe": as_dict(recipe),
         "scenes": _sort_by_id([_describe_scene(scene) for scene in scenes]),
-        "version": metadata.version("minecube"),
-        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
+        "version": _version_of("minecube"),
+        "libraries": {name: _version_of(name) for name in _LIBRARIES},
         **more,
     }
+
+
+@functools.cache
+def _version_of(library: str) -> str:
+    """Return the version of an installed library. Reading it takes 0.4 ms."""
+    return metadata.version(library)
 
 
 def describe_grid(grid: GeoBox) -> dict[str, Any]:
@@ -69,6 +76,26 @@ def hash_build(provenance: Mapping[str, Any]) -> str:
     identity["scenes"] = [_drop(scene, LEFT_OUT) for scene in originals]
     identity["recipe"] = untitled(provenance["recipe"])
     return sha256_of_json(identity)[:16]
+
+
+def hash_inputs(
+    site: Site, year: int, grid: GeoBox, recipe: Recipe, scene_lists: Sequence[str]
+) -> str:
+    """Hash what a build is named by, with hashes of scene lists in place of scenes.
+
+    The same version of minecube makes the same build from equal inputs. A run compares inputs
+    without reading scenes.
+    """
+    return sha256_of_json(
+        {
+            "site": site.id,
+            "year": year,
+            "grid": describe_grid(grid),
+            "recipe": untitled(as_dict(recipe)),
+            "scene_lists": list(scene_lists),
+            "version": _version_of("minecube"),
+        }
+    )
 
 
 def hash_run(provenance: Mapping[str, Any]) -> str:

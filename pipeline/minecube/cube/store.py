@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +14,15 @@ import obstore
 import obstore.exceptions
 import zarr
 import zarr.errors
-from obstore.store import LocalStore, from_url
+from obstore.store import LocalStore
 
+from minecube import places
 from minecube.cube import packed
 from minecube.cube.checksums import ChecksumStore
 from minecube.errors import CubeError
 
 FORMAT = 1
 """Version of the layout. Stores of another version are refused."""
-SCHEMES = ("s3", "gs", "az")
-"""URL schemes of object stores."""
-_ANSWERS_S = 8
-"""Seconds after the first request before an object store is given up."""
 UNFINISHED_FORMAT = 0
 """Format of a group under construction. After a kill, its construction starts again."""
 DESCRIPTION = "minecube"
@@ -43,8 +37,8 @@ class Store:
     nothing but the kind of a file whose name ends in .zip.
 
     Raises:
-        CubeError: the name is empty, or is a URL of another scheme than `SCHEMES`, without a
-            bucket, or of a packed store.
+        CubeError: the name is empty, or is the URL of a packed store.
+        PlaceError: the URL is wrong; see `places.Url`.
     """
 
     name: str
@@ -94,8 +88,8 @@ class Store:
         A silent object store is found in seconds, not minutes.
 
         Raises:
-            CubeError: as `Store`; the endpoint is no URL, or the store must be writable and is
-                packed.
+            CubeError: as `Store`, or the store must be writable and is packed.
+            PlaceError: as `Store`, or the endpoint is no URL.
             obstore.exceptions.BaseError: the store does not answer, refuses the keys, or lacks the
                 bucket.
         """
@@ -103,22 +97,15 @@ class Store:
         if writable:
             store.need_writable()
         if store.path is None:
-            _check_endpoint(store.name)
-            hurried = from_url(
-                store.name,
-                retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=_ANSWERS_S)},
-            )
+            hurried = places.open_hurried_client(store.name)
             next(iter(obstore.list(hurried, chunk_size=1)), None)
         return store
 
     # Objects
 
     def client(self) -> Any:
-        """Return the client of an object store, one per URL and process.
-
-        A client keeps its connections, and they do not survive a fork.
-        """
-        return _client(self.name.rstrip("/"), os.getpid())
+        """Return the client of an object store, one per URL and process."""
+        return places.open_client(self.name.rstrip("/"))
 
     def open_objects(self) -> Any:
         """Open the stored objects, without Zarr."""
@@ -138,6 +125,14 @@ class Store:
         if self.path is not None and not self.path.exists():
             return False
         return any(batch for batch in self.open_objects().list(path))
+
+    def has_object(self, key: str) -> bool:
+        """Whether an object exists."""
+        try:
+            self.open_objects().get(key)
+        except FileNotFoundError:
+            return False
+        return True
 
     def open_zarr(self) -> Any:
         """Open the Zarr store."""
@@ -206,10 +201,15 @@ class Store:
         Raises:
             CubeError: the site is missing, unfinished, or of another version.
         """
-        if not self.has_group(site_id):
+        group = self.find_group(site_id, mode)
+        if group is None:
             names = ", ".join(list_sites(self)) or "no site"
             raise CubeError(f"{self}: no site {site_id!r}; it has {names}")
-        group = self.open_group(site_id, mode)
+        self.check_format(site_id, group)
+        return group
+
+    def check_format(self, site_id: str, group: zarr.Group) -> None:
+        """Raise CubeError if a site's group is unfinished, or of another version."""
         if is_unfinished(group):
             raise CubeError(
                 f"{self}: {site_id} is being created, or a run was killed then; run "
@@ -220,7 +220,6 @@ class Store:
                 f"{self}: group {site_id!r} was not made by this version of minecube; use "
                 "another --store"
             )
-        return group
 
     def begin_group(self, path: str, attributes: Mapping[str, Any]) -> None:
         """Create a group with these attributes, or empty an existing one.
@@ -280,45 +279,18 @@ def _is_url(name: str) -> bool:
     """Whether the name is that of an object store.
 
     Raises:
-        CubeError: as `Store`.
+        CubeError: the name is empty.
+        PlaceError: as `places.check_url`.
     """
     if not name.strip():
         raise CubeError(
             "the store has no name; name a folder, or an object store such as "
             "s3://bucket/cubes.zarr"
         )
-    scheme, colon, place = name.partition("://")
-    if not colon:
+    if "://" not in name:
         return False
-    if scheme not in SCHEMES:
-        schemes = ", ".join(f"{text}://" for text in SCHEMES)
-        raise CubeError(
-            f"{name}: expected a folder or a URL that begins with {schemes}; found {scheme}://"
-        )
-    if not place.strip("/"):
-        raise CubeError(
-            f"{name}: names no bucket; expected a URL such as {scheme}://bucket/cubes.zarr"
-        )
+    places.check_url(name)
     return True
-
-
-@lru_cache(maxsize=32)
-def _client(url: str, _process: int) -> Any:
-    _check_endpoint(url)
-    return from_url(url)
-
-
-def _check_endpoint(url: str) -> None:
-    """Raise CubeError if an S3 endpoint is no URL: obstore 0.12 panics and prints pages."""
-    if not url.startswith("s3://"):
-        return
-    for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
-        endpoint = os.environ.get(variable, "")
-        if endpoint and not endpoint.startswith(("https://", "http://")):
-            raise CubeError(
-                f"{variable} is {endpoint!r}; expected the URL of an endpoint such as "
-                "https://s3.example.org"
-            )
 
 
 class FolderStore(zarr.storage.LocalStore):  # type: ignore[misc]

@@ -230,7 +230,11 @@ def grid_in(attrs: Mapping[str, Any]) -> GeoBox:
 
 
 def extend(group: zarr.Group, years: Sequence[int]) -> None:
-    """Make room for later years at the end. Committed years keep their index."""
+    """Append missing years to the axis, also years before the stored ones.
+
+    Committed years keep their index, because it is a part of the keys of their shards. The stored
+    axis is therefore in no order; readers sort it.
+    """
     # A run killed here may have left years of 0 at the end: room without a name.
     stored = [int(year) for year in group["year"][:] if year > 0]
     new = sorted(set(years) - set(stored))
@@ -240,4 +244,7 @@ def extend(group: zarr.Group, years: Sequence[int]) -> None:
     for name, array in sorted(group.arrays(), key=lambda member: member[0] == "year"):
         if name == "year" or array.ndim >= 3:
             array.resize((len(stored) + len(new), *array.shape[1:]))
-    group["year"][len(stored) :] = np.asarray(new, dtype=np.int64)
+    coordinate = group["year"]
+    # One at a time: a run killed in between leaves no unnamed year before a named one.
+    for index, year in enumerate(new, start=len(stored)):
+        coordinate[index] = year

@@ -96,7 +96,7 @@ def list_unmapped(attrs: Mapping[str, Any], pixels: Mapping[str, str]) -> list[s
         is_committed = len(select_years(view, pixels)) == len(view)
         if label_of(view) not in entries and is_committed:
             labels.append(label_of(view))
-    return labels
+    return sorted(labels)
 
 
 def index_in(key: str) -> int | None:

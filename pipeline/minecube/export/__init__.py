@@ -6,6 +6,7 @@
     zarrs.py       Zarr with multiscales, Zarr v2
     croissant.py   data set description for machine learning
     publish.py     Icechunk, one tag per release
+    year_order.py  ascending years of a release
     credits.py     sources and licences of the inputs
     layers.py      titles, nodata, scale and CF attributes of the variables
     stac_fields.py fields of STAC extensions

@@ -3,8 +3,9 @@
 Every tag is one permanent state of all cubes. Two tags can be compared. A release contains
 committed data only: pixels of years without a marker are left out.
 
-Pixels are copied bit for bit. Licence and citations are added to the attributes of each site's
-group. Only changed objects are written, so two tags differ only in real changes.
+Pixels are copied bit for bit. Years are in ascending order (`year_order`). Licence and citations
+are added to the attributes of each site's group. Only changed objects are written, so two tags
+differ only in real changes. A year added before others moves their shards, which are written again.
 
 A commit is one object. A run killed before the commit leaves the repository unchanged. A run killed
 later can be repeated: it creates the tag or finds it complete.
@@ -20,7 +21,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
 from minecube.errors import CubeError
+from minecube.export.year_order import Years, encode_years
+from minecube.places import check_url
 
 _ROOT = "zarr.json"
 _BATCH = 16  # objects in flight: hides an object store's latency and still fits in memory
@@ -71,9 +74,7 @@ def _is_url(place: str) -> bool:
 
 
 def _missing_repository(place: str) -> CubeError:
-    return CubeError(
-        f"{place}: there is no Icechunk repository; `minecube publish --tag` makes one"
-    )
+    return CubeError(f"{place}: there is no Icechunk repository; `minecube publish` makes one")
 
 
 def _open_storage(place: str) -> icechunk.Storage:
@@ -87,6 +88,7 @@ def _open_storage(place: str) -> icechunk.Storage:
             f"{place}: expected a folder or s3://bucket/prefix, found {scheme}://; "
             "name another place"
         )
+    check_url(place)
     bucket, _, prefix = address.partition("/")
     endpoint = os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
@@ -107,6 +109,7 @@ def publish_release(
     place: str,
     tag: str,
     attributes: Mapping[str, Mapping[str, str]],
+    progress: Callable[[int, int], None] = lambda _part, _total: None,
 ) -> tuple[int, int] | None:
     """Copy the state of these sites to the repository, commit it and tag the commit.
 
@@ -116,6 +119,7 @@ def publish_release(
         place: The repository, as for `open_repository`. It is created if missing.
         tag: Name of the release. A tag never moves.
         attributes: Site -> attributes of its group: licence and citations.
+        progress: Called with the number of compared objects, and of all objects.
 
     Returns:
         The numbers of objects written and removed. None if the tag already has this state.
@@ -124,15 +128,10 @@ def publish_release(
         CubeError: the tag is invalid, has another state or was deleted; another process publishes
             to the folder; or reading or writing fails. The branch `main` then stays unchanged.
     """
-    if not _TAG.fullmatch(tag):
-        raise CubeError(
-            f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; "
-            "choose another name"
-        )
+    check_tag(tag)
     with _lock(place, create=True), _convert_errors(place):
         repository = open_repository(place, create=True)
-        keys = {_ROOT}.union(*(_list_keys(source, site, years[site]) for site in years))
-        release = _Release(source=source, keys=frozenset(keys), attributes=attributes)
+        release = _plan_release(source, years, attributes)
         if tag in repository.list_tags():
             if sync(_holds(repository.readonly_session(tag=tag).store, release)):
                 return None
@@ -142,7 +141,7 @@ def publish_release(
         session = repository.writable_session("main")
         parent = session.snapshot_id
         snapshot = parent
-        changed: tuple[int, int] = sync(_mirror(session.store, release))
+        changed: tuple[int, int] = sync(_mirror(session.store, release, progress))
         if session.has_uncommitted_changes:
             metadata = {site: dict(text) for site, text in attributes.items()}
             snapshot = session.commit(f"Release {tag}", metadata=metadata)
@@ -159,20 +158,33 @@ def publish_release(
     return changed
 
 
+def check_tag(tag: str) -> None:
+    """Raise CubeError for a name that is no tag."""
+    if not _TAG.fullmatch(tag):
+        raise CubeError(
+            f"expected a tag of at most 100 letters, digits, . _ -, found {tag!r}; "
+            "choose another name"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Release:
     """The objects of a release."""
 
     source: zarr.Group
     """Root of the store."""
-    keys: frozenset[str]
-    """Keys of the objects."""
+    keys: Mapping[str, str]
+    """Key of each object -> its key in the store."""
+    coordinates: Mapping[str, bytes]
+    """Chunks of years in another order than in the store, by key."""
     attributes: Mapping[str, Mapping[str, str]]
     """Site -> attributes added to its group: licence and citations."""
 
     async def read(self, key: str) -> bytes:
         """Read an object of the store, adding licence and citations to a site's group."""
-        stored = await self.source.store.get(key, default_buffer_prototype())
+        if key in self.coordinates:
+            return self.coordinates[key]
+        stored = await self.source.store.get(self.keys[key], default_buffer_prototype())
         if stored is None:
             raise CubeError(
                 f"{key}: was deleted from the store while publishing; "
@@ -187,6 +199,29 @@ class _Release:
         return json.dumps(group).encode()
 
 
+def _plan_release(
+    source: zarr.Group,
+    years: Mapping[str, Sequence[int]],
+    attributes: Mapping[str, Mapping[str, str]],
+) -> _Release:
+    """List the objects of a release, with ascending years. Arguments are as in `publish_release`."""
+    stored_keys = {_ROOT}.union(*(_list_keys(source, site, years[site]) for site in years))
+    stored = Years.read(source, stored_keys)
+    released = stored.sort()
+    keys = {}
+    for stored_key in stored_keys:
+        name = stored.name_object(stored_key)
+        if name is not None and (key := released.find_object(name)) is not None:
+            keys[key] = stored_key
+    coordinates: dict[str, bytes] = {}
+    for group, ascending in released.items():
+        if ascending != stored[group]:
+            metadata = sync(source.store.get(f"{group}/year/{_ROOT}", default_buffer_prototype()))
+            chunks = encode_years(ascending, metadata.to_bytes())
+            coordinates |= {f"{group}/year/{chunk}": content for chunk, content in chunks.items()}
+    return _Release(source=source, keys=keys, coordinates=coordinates, attributes=attributes)
+
+
 def _list_keys(source: zarr.Group, site: str, committed_years: Sequence[int]) -> Iterator[str]:
     """Yield the keys of a site in the store.
 
@@ -194,11 +229,7 @@ def _list_keys(source: zarr.Group, site: str, committed_years: Sequence[int]) ->
     """
     stored_years = [int(year) for year in np.asarray(source[f"{site}/year"])]
     uncommitted = {index for index, year in enumerate(stored_years) if year not in committed_years}
-
-    async def list_stored() -> list[str]:
-        return [key async for key in source.store.list_prefix(f"{site}/")]
-
-    for key in sync(list_stored()):
+    for key in _list_below(source.store, f"{site}/"):
         if not key.endswith(f"/{_ROOT}") and not _CHUNK.search(key):
             continue  # leftover of a killed write, or a foreign file
         name, *path = key.removeprefix(f"{site}/").split("/")
@@ -211,7 +242,9 @@ def _list_keys(source: zarr.Group, site: str, committed_years: Sequence[int]) ->
         yield key
 
 
-async def _mirror(target: Any, release: _Release) -> tuple[int, int]:
+async def _mirror(
+    target: Any, release: _Release, progress: Callable[[int, int], None]
+) -> tuple[int, int]:
     """Write changed objects and delete all others; return both counts."""
     prototype = default_buffer_prototype()
     superfluous = [key async for key in target.list() if key not in release.keys]
@@ -228,14 +261,30 @@ async def _mirror(target: Any, release: _Release) -> tuple[int, int]:
 
     metadata = sorted((key for key in release.keys if key.endswith(_ROOT)), key=_sort_key)
     copied = [await copy(key) for key in metadata]
-    for chunks in _cut_batches(release.keys.difference(metadata)):
+    for chunks in _cut_batches(set(release.keys).difference(metadata)):
         copied += await asyncio.gather(*map(copy, chunks))
+        progress(len(copied), len(release.keys))
+    await _need_unchanged(target, release, metadata)
     return sum(copied), len(superfluous)
+
+
+async def _need_unchanged(target: Any, release: _Release, metadata: Sequence[str]) -> None:
+    """Raise CubeError if a site-year, labels or a map were written while they were copied.
+
+    Each write changes metadata: the marker of a year, or the checksum of labels and maps.
+    """
+    for key in metadata:
+        copied = await target.get(key, default_buffer_prototype())
+        if not _are_same(copied.to_bytes(), await release.read(key), key):
+            raise CubeError(
+                f"{key}: was written while it was published; publish again when nothing is "
+                "being built"
+            )
 
 
 async def _holds(target: Any, release: _Release) -> bool:
     """Report whether a target has exactly the release's objects, with the store's content."""
-    if {key async for key in target.list()} != release.keys:
+    if {key async for key in target.list()} != set(release.keys):
         return False
 
     async def same(key: str) -> bool:
@@ -267,18 +316,22 @@ def _are_same(old: bytes, new: bytes, key: str) -> bool:
     return old == new or (key.endswith(_ROOT) and json.loads(old) == json.loads(new))
 
 
-def list_releases(place: str) -> list[tuple[str, str, str]]:
-    """List name, time (UTC, ISO 8601) and snapshot of every tag, oldest first.
+def list_releases(place: str) -> list[tuple[str, str, str, str]]:
+    """List name, time (UTC, ISO 8601), snapshot and branch of every tag, oldest first.
+
+    The branch is "main" if main is at the tag, else empty.
 
     Raises:
         CubeError: as `open_repository`.
     """
     repository = open_repository(place)
     with _convert_errors(place):
+        current = repository.lookup_branch("main")
         rows = []
         for tag in repository.list_tags():
             newest = next(iter(repository.ancestry(tag=tag)))
-            rows.append((tag, newest.written_at.isoformat(timespec="seconds"), newest.id))
+            branch = "main" if newest.id == current else ""
+            rows.append((tag, newest.written_at.isoformat(timespec="seconds"), newest.id, branch))
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
@@ -288,6 +341,7 @@ def list_differences(place: str, old: str, new: str) -> list[tuple[str, str, str
     The year is "all" for objects without a year. Icechunk lists the objects written since the
     common ancestor of the two tags, and their contents are compared. The result is therefore
     correct for any two tags: in either order, across a rollback, and after a change was undone.
+    If a year has another index in the two releases, all objects of its site are compared.
 
     Raises:
         CubeError: a tag or the repository is missing.
@@ -303,8 +357,14 @@ def list_differences(place: str, old: str, new: str) -> list[tuple[str, str, str
             if newest != common:
                 keys.update(_list_changes(repository, common, newest))
         stores = [repository.readonly_session(tag=tag).store for tag in (old, new)]
-        changes: dict[str, str] = sync(_compare(stores, keys))
-        return sorted(_make_rows(stores, changes))
+        years = [_read_years(store) for store in stores]
+        for group in years[0].find_moved(years[1]):
+            for store in stores:
+                keys.update(_list_below(store, f"{group}/"))
+        names = {name for of in years for key in keys if (name := of.name_object(key)) is not None}
+        places = {name: [of.find_object(name) for of in years] for name in names}
+        changes: dict[str, str] = sync(_compare(stores, places))
+        return sorted(_make_rows(years, changes))
 
 
 def _list_changes(repository: icechunk.Repository, start: str, end: str) -> Iterator[str]:
@@ -317,23 +377,46 @@ def _list_changes(repository: icechunk.Repository, start: str, end: str) -> Iter
         yield from ("/".join([path.lstrip("/"), "c", *map(str, chunk)]) for chunk in chunks)
 
 
-async def _compare(stores: Sequence[Any], keys: Collection[str]) -> dict[str, str]:
-    """Map each key with different objects to "new", "gone" or "changed"."""
+def _read_years(store: Any) -> Years:
+    return Years.read(zarr.open_group(store, mode="r"), _list_below(store, ""))
+
+
+def _list_below(store: Any, prefix: str) -> list[str]:
+    """List the keys of the objects with this prefix."""
+
+    async def list_keys() -> list[str]:
+        return [key async for key in store.list_prefix(prefix)]
+
+    keys: list[str] = sync(list_keys())
+    return keys
+
+
+async def _compare(
+    stores: Sequence[Any], places: Mapping[str, Sequence[str | None]]
+) -> dict[str, str]:
+    """Map the name of each different object to "new", "gone" or "changed".
+
+    `places` has the keys of each object in the stores (`Years.find_object`).
+    """
     changes = {}
-    for key in keys:
-        old, new = [await _read_content(store, key) for store in stores]
+    for name, keys in places.items():
+        old, new = [
+            await _read_content(store, key) for store, key in zip(stores, keys, strict=True)
+        ]
         if old == new:
             continue
         if old is None:
-            changes[key] = "new"
+            changes[name] = "new"
         elif new is None:
-            changes[key] = "gone"
+            changes[name] = "gone"
         else:
-            changes[key] = "changed"
+            changes[name] = "changed"
     return changes
 
 
-async def _read_content(store: Any, key: str) -> bytes | None:
+async def _read_content(store: Any, key: str | None) -> bytes | None:
+    if key is None:
+        return None
     if not key.endswith(_ROOT) and not await store.exists(_CHUNK.sub(f"/{_ROOT}", key)):
         return None  # Icechunk raises if the array is missing
     content = await store.get(key, default_buffer_prototype())
@@ -342,30 +425,31 @@ async def _read_content(store: Any, key: str) -> bytes | None:
     return bytes(content.to_bytes())
 
 
-def _make_rows(stores: Sequence[Any], changes: Mapping[str, str]) -> set[tuple[str, str, str]]:
+def _make_rows(years: Sequence[Years], changes: Mapping[str, str]) -> set[tuple[str, str, str]]:
     sites = {
         key.removesuffix(f"/{_ROOT}"): change
         for key, change in changes.items()
         if key.count("/") == 1 and key.endswith(_ROOT) and change != "changed"
     }
     rows = {(site, "all", f"the whole site ({change})") for site, change in sites.items()}
-    old, new = stores
-    for key, change in changes.items():
-        site, _, path = key.partition("/")
+    old, new = years
+    for name, change in changes.items():
+        site, _, path = name.partition("/")
         if not path or site in sites:
             continue
         if change == "gone":
-            rows.add(_make_row(old, site, path, change))
+            rows.add(_make_row(old, name, change))
         else:
-            rows.add(_make_row(new, site, path, change))
+            rows.add(_make_row(new, name, change))
     return rows
 
 
-def _make_row(store: Any, site: str, path: str, change: str) -> tuple[str, str, str]:
-    """Return site, year and variable of a path below the site's group.
+def _make_row(years: Years, name: str, change: str) -> tuple[str, str, str]:
+    """Return site, year and variable of an object below a site's group.
 
     The variable gets a suffix for anything but a plain change.
     """
+    site, _, path = name.partition("/")
     suffix = f" ({change})"
     if change == "changed":
         suffix = ""
@@ -382,11 +466,8 @@ def _make_row(store: Any, site: str, path: str, change: str) -> tuple[str, str, 
     chunk = path.removeprefix(f"{variable}/c").lstrip("/")
     if chunk.count("/") < 2:
         return site, "all", variable + suffix
-    years = zarr.open_array(
-        store, path="/".join([site, *variable.split("/")[:-1], "year"]), mode="r"
-    )
     # No suffix: all-nodata chunks are not stored, so a new or missing chunk is a plain change.
-    return site, str(np.asarray(years)[int(chunk.split("/")[0])]), variable
+    return site, years.year_of(name), variable
 
 
 def roll_back(place: str, tag: str) -> None:

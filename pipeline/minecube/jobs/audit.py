@@ -17,12 +17,13 @@ from minecube.errors import CubeError, SceneError
 from minecube.files import replacing
 from minecube.grid import grid_of
 from minecube.jobs.scene_lists import load_or_search, path_of_list
+from minecube.places import Place
 from minecube.scenes import coverage
 
 _SEARCHES = 4
 """Simultaneous searches. Their number depends on the API's latency, not on the cores."""
-_LAG = timedelta(days=2)
-"""Time until a pass counts as missing. Products are made and listed within about a day."""
+LISTING_LAG = timedelta(days=2)
+"""Time until a pass counts as missing, and a list as complete. Products are made and listed within about a day."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def audit_scenes(
     """Search all site-years in all sources, and compare the scenes with the expected passes.
 
     Reads no pixels. The recipe's months and needed dates judge a site-year. `progress` gets the
-    site-year of each search.
+    site-year and source of each search, and the reason of a failure.
 
     Raises:
         SceneError: a year is without Sentinel-2.
@@ -102,7 +103,7 @@ def audit_scenes(
 
 
 def judge_lists(
-    site: Site, years: Sequence[int], sources: Sequence[Source], recipe: Recipe, folder: Path
+    site: Site, years: Sequence[int], sources: Sequence[Source], recipe: Recipe, folder: Place
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compare a site's saved scene lists with the expected passes, without a search.
 
@@ -129,7 +130,7 @@ def judge_lists(
 
 
 def _last_listed_day() -> date:
-    return datetime.now(tz=UTC).date() - _LAG
+    return datetime.now(tz=UTC).date() - LISTING_LAG
 
 
 def save_audit(audit: Audit, folder: Path) -> None:
@@ -181,11 +182,13 @@ def _list_scenes(
             answers: list[coverage.Listing] = []
             failures: list[Unanswered] = []
             for source in sources:
+                note = f"{site.id} {year}, {source.id}"
                 try:
                     answers.append(searches[year, source.id].result())
                 except SceneError as error:
                     failures.append(Unanswered(f"{site.id} {year}", source.id, str(error)))
-                progress(f"{site.id} {year}")
+                    note += f", failed: {error}"
+                progress(note)
             unanswered += failures
             if not failures:
                 listings += answers

@@ -28,6 +28,7 @@ from minecube.jobs.selection import SiteChoice, stored_sites
 from minecube.jobs.tables import format_latex, format_markdown, write_json, write_text
 from minecube.jobs.tracks import SUFFIX, SmoothedSites, read_maps, write_smoothed
 from minecube.jobs.train import checkpoint_path, train_network
+from minecube.places import Place, outgoing
 
 MAPPING = ("f1", "iou", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "boundary_f1")
 """Scores in the table of footprints."""
@@ -72,7 +73,7 @@ class Benchmark:
     seed: int = 0
     compute: models.Compute = field(default_factory=models.Compute)
     """Device for training and mapping."""
-    folder: Path
+    folder: Place
     """Folder for models and tables."""
 
     @property
@@ -132,7 +133,7 @@ def run_benchmark(
     benchmark: Benchmark,
     begin_model: Callable[[int, ModelCard], None] = lambda _number, _card: None,
     progress: Progress = lambda _title, _part, _total, _note: None,
-) -> list[Path]:
+) -> list[Place]:
     """Train and map each network, score all maps, and write tables, scores and pictures.
 
     Calls `begin_model` with each network and its number, from 1.
@@ -168,7 +169,7 @@ def list_comparisons(cards: Sequence[ModelCard]) -> list[tuple[str, str]]:
     return smoothed + [(a.id, b.id) for a in series for b in cards if a is not b]
 
 
-def write_benchmark(benchmark: Benchmark, tables: ScoreTables, runs: ModelRuns) -> list[Path]:
+def write_benchmark(benchmark: Benchmark, tables: ScoreTables, runs: ModelRuns) -> list[Place]:
     """Write tables, all scores and counts, and pictures of the best models. Returns the paths.
 
     Raises CatalogError if a file cannot be written.
@@ -192,12 +193,14 @@ def write_benchmark(benchmark: Benchmark, tables: ScoreTables, runs: ModelRuns) 
         for name in (*benchmark.change_models, *footprints)
     }
     gaps = [f"F1, gap {gap}" for gap in GAPS]
-    paths = [
+    paths: list[Place] = [
         *_write_table(benchmark.folder / "mapping", mapping, (*MAPPING, "flips")),
         *_write_table(benchmark.folder / "change", change, (*CHANGE, *gaps)),
     ]
     pictured = [*_best_models(benchmark, tables), *baselines]
-    return paths + write_tables(tables, benchmark.folder / "scores", pictured)
+    with outgoing(benchmark.folder / "scores") as folder:
+        written = write_tables(tables, folder, pictured)
+    return [*paths, *(benchmark.folder / "scores" / path.name for path in written)]
 
 
 def _need_same_settings(benchmark: Benchmark) -> None:
@@ -217,7 +220,7 @@ def _need_same_settings(benchmark: Benchmark) -> None:
         write_text(path, text, NOUN)
         return
     try:
-        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        stored = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
         raise CatalogError(
             f"{path}: is not what `minecube bench` writes; remove it, or name another --out"
@@ -230,7 +233,7 @@ def _need_same_settings(benchmark: Benchmark) -> None:
         )
 
 
-def _model_path(benchmark: Benchmark, card: ModelCard, suffix: str) -> Path:
+def _model_path(benchmark: Benchmark, card: ModelCard, suffix: str) -> Place:
     return benchmark.folder / "models" / f"{card.id}{suffix}"
 
 
@@ -238,7 +241,7 @@ def _read_notes(benchmark: Benchmark, card: ModelCard) -> dict[str, float]:
     path = _model_path(benchmark, card, ".json")
     if not path.exists():
         return {}
-    notes: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    notes: dict[str, float] = json.loads(path.read_bytes())
     return notes
 
 
@@ -253,7 +256,8 @@ def _train_once(benchmark: Benchmark, card: ModelCard, progress: Progress) -> mo
     Raises ModelError if the folder's network has another card of that name.
     """
     path = _model_path(benchmark, card, ".pt")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         start = time.monotonic()
         state = checkpoint_path(path)
@@ -369,7 +373,7 @@ def _format_number(score: float | None, form: str) -> str:
     return format(score, form)
 
 
-def _write_table(path: Path, rows: dict[str, list[str]], columns: Sequence[str]) -> list[Path]:
+def _write_table(path: Place, rows: dict[str, list[str]], columns: Sequence[str]) -> list[Place]:
     """Write a table in Markdown and LaTeX. Returns the paths."""
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["M weights", *columns])
     frame = frame.rename_axis("model")

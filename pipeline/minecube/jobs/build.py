@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pystac
@@ -36,8 +35,9 @@ from minecube.errors import (
 from minecube.grid import grid_of
 from minecube.jobs.copies import Copies
 from minecube.jobs.failures import classify, describe_failure
-from minecube.jobs.scene_lists import FindScenes, cache_lists, load_or_save
+from minecube.jobs.scene_lists import FindScenes, cache_lists, hash_list, load_or_save
 from minecube.jobs.workers import iterate_finished
+from minecube.places import Place
 from minecube.reader import Ledger, check_credentials, interruption
 from minecube.scenes import offsets, snapshot, veils
 from minecube.scenes.looks import read_look
@@ -53,7 +53,7 @@ class BuildJob:
     sources: tuple[Source, ...]
     """In order of preference. Each acquisition is read from the first source listing it."""
     recipe: Recipe
-    snapshots: Path
+    snapshots: Place
     """Folder of scene lists. Existing lists are reused, to repeat a build without the API."""
     on_offset_conflict: str = "drop"
     """One of `offsets.CONFLICT_POLICIES`."""
@@ -126,10 +126,12 @@ def build_cubes(
     years: Sequence[int],
     executor: Executor | None = None,
     progress: Callable[[Outcome], None] = lambda _: None,
+    searched: Callable[[str, int], None] = lambda _site, _year: None,
 ) -> list[Outcome]:
     """Build all site-years, one task each on the executor (by default threads of this machine).
 
-    All searches come first: a site without any scenes leaves no group in the store.
+    All searches come first: a site without any scenes leaves no group in the store. Calls
+    `searched` after each search with scenes, and `progress` with each outcome.
 
     Raises:
         MinecubeError: nothing can be built. Causes are a year without Sentinel-2, a source without
@@ -147,8 +149,8 @@ def build_cubes(
             )
         check_credentials(source.access, source.id)
     for site in sites:
-        cube.check_site(job.store, site, grid_of(site), years, job.recipe)
-    tasks, outcomes = _search_all(job, sites, years, progress)
+        cube.check_site(job.store, site, grid_of(site), job.recipe)
+    tasks, outcomes = _search_all(job, sites, years, progress, searched)
     for site in {s.id: s for s, _ in tasks}.values():
         cube.create_site(job.store, site, grid_of(site), years, job.recipe)
     for outcome in _build_all(job, tasks, executor):
@@ -177,17 +179,31 @@ def choose_scenes(
     """
     listed = find(site, year, job.sources, job.snapshots)
     selected = scenes.select(listed.scenes, job.recipe)
-    if "neighbour-year" not in job.recipe.fallback:
-        return listed, selected
-    for neighbour in (year - 1, year + 1):
-        if not scenes.has_images(neighbour):
-            continue
+    for neighbour in _list_neighbours(job.recipe, year):
         try:
             nearby = find(site, neighbour, job.sources, job.snapshots)
             selected += scenes.select_usable(nearby.scenes, job.recipe)
         except scenes.NoScenesError as error:  # a search without answer fails the year
             log.info("%s %s: nothing to take from %s: %s", site.id, year, neighbour, error)
     return listed, selected
+
+
+def _list_neighbours(recipe: Recipe, year: int) -> list[int]:
+    """List the neighbouring years that a recipe falls back on."""
+    if "neighbour-year" not in recipe.fallback:
+        return []
+    return [neighbour for neighbour in (year - 1, year + 1) if scenes.has_images(neighbour)]
+
+
+def _hash_inputs(job: BuildJob, site: Site, year: int) -> str | None:
+    """Hash what decides about a site-year's build; None if one of its scene lists is missing."""
+    hashes = []
+    for listed_year in (year, *_list_neighbours(job.recipe, year)):
+        scene_list = hash_list(site, listed_year, job.sources, job.snapshots)
+        if scene_list is None:
+            return None
+        hashes.append(scene_list)
+    return cube.hash_inputs(site, year, grid_of(site), job.recipe, hashes)
 
 
 def load_geomedian(device: str) -> GeomedianFunction:
@@ -237,6 +253,8 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
     """Build a site-year, unless the same build is committed."""
     job = task.job
     cube.finish_commit(job.store, task.site.id, task.year)
+    # Before the scenes are read: a list replaced meanwhile must not count as the list of this build.
+    inputs = _hash_inputs(job, task.site, task.year)
     listed, candidates = choose_scenes(job, task.site, task.year, load_or_save)
     provenance = cube.describe_build(
         task.site,
@@ -247,11 +265,15 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
         snapshot=snapshot.hash_scenes(listed.scenes),
         refused=dict(listed.refused),
         on_offset_conflict=job.on_offset_conflict,
+        inputs=inputs,
     )
     if cube.is_committed(
         job.store, provenance, overwrite=job.overwrite, completeness=job.min_read_completeness
     ):
-        return _describe_kept(task, candidates)
+        marker = cube.read_markers(job.store, task.site.id)[task.year]
+        ids = {scene.get("copy_of", scene["id"]) for scene in cube.list_used_scenes(marker)}
+        read = [scene for scene in candidates if scene.id in ids]
+        return _describe_kept(job, marker, len(scenes.list_solar_days(read)))
     copies = Copies(
         job.sources,
         job.recipe.bands,
@@ -284,6 +306,7 @@ def _composite_year(
     job = task.job
     looks = Ledger(lossy=job.lossy, copied=copied)
     usable, checks = _check_scenes(task, candidates, looks, notes)
+    notes["days"] = len(scenes.list_solar_days(usable))
     planned = plan.estimate(candidates, task.grid, job.recipe)
     resumed = cube.read_initial_counts(job.store, notes)
     ledger = Ledger(lossy=job.lossy, before=resumed, copied=copied)
@@ -310,7 +333,7 @@ def _composite_year(
         ledger,
         year=task.year,
         geomedian=job.geomedian,
-        block_bytes=min(BLOCK_BYTES, int(job.block_fraction * planned.block_bytes)),
+        block_bytes=_limit_block(planned, job.block_fraction),
     )
     is_new = cube.write_year(
         job.store,
@@ -324,12 +347,22 @@ def _composite_year(
         year=task.year,
         state="built" if is_new else "kept",
         scenes=len(usable),
-        days=len(scenes.list_solar_days(usable)),
+        days=notes["days"],
         conflicts=sum(check.conflict for check in checks),
         planned=planned,
         reads=ledger.totals(),
         looks=looks.totals(),
     )
+
+
+def _limit_block(planned: plan.Estimate, fraction: float) -> int:
+    """Return the most memory of a block in bytes: this share of the largest planned block.
+
+    Buffers for reading do not count. They do not depend on the size of a block.
+    """
+    if fraction == 1:
+        return BLOCK_BYTES
+    return int(fraction * (planned.block_bytes - plan.BASE_BYTES))
 
 
 def _check_scenes(
@@ -372,21 +405,36 @@ def _ids_missing(earlier: Sequence[pystac.Item], later: Sequence[pystac.Item]) -
     return [scene.id for scene in earlier if scene.id not in ids]
 
 
-def _describe_kept(task: _SiteYear, candidates: Sequence[pystac.Item]) -> Outcome:
+def _find_kept(job: BuildJob, site: Site, year: int) -> Outcome | None:
+    """Make the outcome of a site-year committed from the same inputs, without reading its scenes.
+
+    Returns None if only its scenes can tell, or if the site-year is to be built.
+    """
+    start = time.monotonic()
+    inputs = _hash_inputs(job, site, year)
+    if inputs is None:
+        return None
+    marker = cube.find_build(job.store, site.id, year, inputs, job.on_offset_conflict)
+    if marker is None:
+        return None
+    if job.overwrite and cube.completeness_of(marker) < job.min_read_completeness:
+        return None
+    kept = _describe_kept(job, marker, marker["days"])
+    return replace(kept, seconds=time.monotonic() - start)
+
+
+def _describe_kept(job: BuildJob, marker: Mapping[str, Any], days: int) -> Outcome:
     """Make the outcome of a site-year that is already committed."""
-    marker = cube.read_markers(task.job.store, task.site.id)[task.year]
-    ids = {scene.get("copy_of", scene["id"]) for scene in cube.list_used_scenes(marker)}
-    read = [scene for scene in candidates if scene.id in ids]
     completeness = cube.completeness_of(marker)
     message = ""
-    if completeness < task.job.min_read_completeness:
+    if completeness < job.min_read_completeness:
         message = f"has {completeness:.2%} of its reads; use --overwrite to build it again"
     return Outcome(
-        site=task.site.id,
-        year=task.year,
+        site=marker["site"],
+        year=marker["year"],
         state="kept",
-        scenes=len(read),
-        days=len(scenes.list_solar_days(read)),
+        scenes=len(cube.list_used_scenes(marker)),
+        days=days,
         message=message,
     )
 
@@ -409,13 +457,17 @@ def _describe_failed(store: cube.Store, site: Site, year: int, error: BaseExcept
 
 
 def _search_all(
-    job: BuildJob, sites: Sequence[Site], years: Sequence[int], progress: Callable[[Outcome], None]
+    job: BuildJob,
+    sites: Sequence[Site],
+    years: Sequence[int],
+    progress: Callable[[Outcome], None],
+    searched: Callable[[str, int], None],
 ) -> tuple[list[tuple[Site, int]], list[Outcome]]:
-    """Search and save the scenes of all site-years.
+    """Search and save the scenes of all site-years, except those committed from the same lists.
 
     Returns the site-years to build, and outcomes of the others.
 
-    Raises SceneError if no site-year can start, unless all searches were empty.
+    Raises SceneError if no site-year can start or is kept, unless all searches were empty.
     """
     tasks: list[tuple[Site, int]] = []
     outcomes: list[Outcome] = []
@@ -423,6 +475,11 @@ def _search_all(
     find = cache_lists(load_or_save)
     for site in sites:
         for year in years:
+            kept = _find_kept(job, site, year)
+            if kept is not None:
+                outcomes.append(kept)
+                progress(kept)
+                continue
             try:
                 choose_scenes(job, site, year, find)
             except SceneError as error:
@@ -432,7 +489,8 @@ def _search_all(
                     faults.append(error)
             else:
                 tasks.append((site, year))
-    if faults and not tasks:
+                searched(site.id, year)
+    if faults and not tasks and all(outcome.state != "kept" for outcome in outcomes):
         raise faults[0]  # the fault is in the source or the list, not in a site-year
     return tasks, outcomes
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
 from minecube.catalog import (
@@ -20,31 +19,32 @@ from minecube.catalog import (
     pick,
 )
 from minecube.errors import CatalogError
+from minecube.places import Place
 
 T = TypeVar("T")
 
 
-def load_all_recipes(folder: Path | None) -> dict[str, Recipe]:
+def load_all_recipes(folder: Place | None) -> dict[str, Recipe]:
     """Load the shipped recipes and the recipes of a folder."""
     return _load_both(load_recipes, folder, "recipe")
 
 
-def load_all_models(folder: Path | None) -> dict[str, ModelCard]:
+def load_all_models(folder: Place | None) -> dict[str, ModelCard]:
     """Load the shipped model cards and the model cards of a folder."""
     return _load_both(load_models, folder, "model")
 
 
-def load_all_presets(folder: Path | None) -> dict[str, TrainingSettings]:
+def load_all_presets(folder: Place | None) -> dict[str, TrainingSettings]:
     """Load the shipped training settings and the training settings of a folder."""
     return _load_both(load_presets, folder, "preset")
 
 
-def load_all_clusters(folder: Path | None) -> dict[str, Cluster]:
+def load_all_clusters(folder: Place | None) -> dict[str, Cluster]:
     """Load the shipped clusters and the clusters of a folder."""
     return _load_both(load_clusters, folder, "cluster")
 
 
-def choose_sources(ids: str, folder: Path | None) -> tuple[Source, ...]:
+def choose_sources(ids: str, folder: Place | None) -> tuple[Source, ...]:
     """Choose sources by ids in order of preference, such as "earth-search,cdse".
 
     Raises CatalogError for an unknown or repeated source.
@@ -56,7 +56,7 @@ def choose_sources(ids: str, folder: Path | None) -> tuple[Source, ...]:
     return tuple(pick(sources, name, "source") for name in names)
 
 
-def need_new_names(shipped: dict[str, T], users: dict[str, T], folder: Path, kind: str) -> None:
+def need_new_names(shipped: dict[str, T], users: dict[str, T], folder: Place, kind: str) -> None:
     """Raise CatalogError if an entry of the user has the name of a shipped entry."""
     repeated = sorted(set(shipped) & set(users))
     if repeated:
@@ -66,7 +66,7 @@ def need_new_names(shipped: dict[str, T], users: dict[str, T], folder: Path, kin
         )
 
 
-def _load_both(load: Callable[..., dict[str, T]], folder: Path | None, kind: str) -> dict[str, T]:
+def _load_both(load: Callable[..., dict[str, T]], folder: Place | None, kind: str) -> dict[str, T]:
     shipped = load()
     if folder is None or not (folder / f"{kind}s.yaml").exists():
         return shipped

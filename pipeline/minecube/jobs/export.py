@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import geopandas as gpd
 import pandas as pd
@@ -19,6 +20,7 @@ FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 LABELS = "labels"
 MAPPED = "mapped"
 """Kinds of footprints: of the polygons, and of a prediction."""
+_Areas = TypeVar("_Areas")
 _TITLE = "minecube export"
 _WRITERS = {
     "netcdf": (export.write_netcdf, ".nc"),
@@ -78,7 +80,9 @@ def export_sites(
         progress(site)
     changed = max(exported.commits)  # instead of the current time, for reproducible files
     tables = _write_outlines(exported, folder, changed)
-    _plot_areas(exported, folder)
+    if exported.areas:
+        shown, truth = _choose_areas(exported.areas)
+        report.draw_area_overview(shown, folder / "areas.png", truth)
     recipe = next(iter(cube.read_markers(store, sites[0]).values()))["recipe"]["title"]
     text = f"Annual Sentinel-2 composites of mines. {recipe}."
     if "cog" in options.formats:
@@ -126,11 +130,16 @@ def _export_site(
     if "cog" not in options.formats:
         return
     exported.images += export.write_cogs(dataset, grid, folder / site, site)
+    areas = {}
     for kind, footprint in footprints.items():
         outlines = _outline(footprint, grid, site, options.min_area_m2)
         exported.outlines.setdefault(kind, []).append(outlines)
-        exported.areas.setdefault(kind, {})[site] = tracks.compute_areas(footprint, grid)
+        areas[kind] = tracks.compute_areas(footprint, grid)
+        exported.areas.setdefault(kind, {})[site] = areas[kind]
     report.draw_strip(dataset, footprints, folder / site / f"{site}_strip.png", site)
+    if areas:
+        shown, truth = _choose_areas(areas)
+        report.draw_areas(shown, folder / site / f"{site}_areas.png", site, truth)
 
 
 def _write_outlines(exported: _Exported, folder: Path, changed: datetime) -> dict[str, Path]:
@@ -147,14 +156,12 @@ def _write_outlines(exported: _Exported, folder: Path, changed: datetime) -> dic
     return paths
 
 
-def _plot_areas(exported: _Exported, folder: Path) -> None:
-    """Plot areas by year: mapped areas with the labelled ones, or labelled areas alone."""
-    labelled = exported.areas.get(LABELS)
-    mapped = exported.areas.get(MAPPED)
-    if mapped:
-        report.draw_areas(mapped, folder / "areas.png", labelled)
-    elif labelled:
-        report.draw_areas(labelled, folder / "areas.png", None)
+def _choose_areas(areas: Mapping[str, _Areas]) -> tuple[_Areas, _Areas | None]:
+    """Return the areas to plot, and their truth: mapped and labelled, or labelled areas alone."""
+    labelled = areas.get(LABELS)
+    if MAPPED in areas:
+        return areas[MAPPED], labelled
+    return areas[LABELS], None
 
 
 def _outline(

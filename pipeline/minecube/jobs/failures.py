@@ -172,9 +172,7 @@ def _explain_object_store(text: str, names: set[str]) -> str:
     if names & {"PermissionDeniedError", "UnauthenticatedError"}:
         return f"the object store refused the keys ({summary}); check the bucket, and {keys}"
     if "NotFoundError" in names or "NoSuchBucket" in summary:
-        return (
-            f"the object store has no such bucket or object ({summary}); check the URL of --store"
-        )
+        return f"the object store has no such bucket or object ({summary}); check the URL"
     if "builder error" in summary:
         return (
             f"the object store's endpoint is no https:// URL ({summary}); "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -16,6 +15,7 @@ from minecube import cube, labels
 from minecube import export as exporting
 from minecube.codes import MINE, UNKNOWN
 from minecube.errors import LabelError
+from minecube.places import Place
 from minecube.vectors import to_texts
 
 MOST_NAMES = 8
@@ -60,7 +60,7 @@ def draw_labels(
     site: str,
     grid: GeoBox,
     years: Sequence[int],
-    file: Path,
+    file: Place,
     origin: str | None = None,
 ) -> SiteLabels:
     """Draw the polygons of one site.
@@ -125,7 +125,7 @@ def find_undrawn(
     )
 
 
-def format_origin(polygons: gpd.GeoDataFrame, file: Path) -> str:
+def format_origin(polygons: gpd.GeoDataFrame, file: Place) -> str:
     """Format the origins of polygons: `EuroMineNet (CC-BY-4.0) doi:10.14278/rodare.4656`.
 
     Uses the columns source, licence (or license) and doi. Without a source, the name of the file

@@ -5,7 +5,7 @@ Reads no pixels and writes nothing. Saved scene lists are used; missing ones are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +75,11 @@ class BuildPlan:
 
 
 def plan_build(
-    job: BuildJob, sites: Sequence[Site], years: Sequence[int], terms: Terms | None = None
+    job: BuildJob,
+    sites: Sequence[Site],
+    years: Sequence[int],
+    terms: Terms | None = None,
+    progress: Callable[[PlannedYear], None] = lambda _: None,
 ) -> BuildPlan:
     """Estimate upper bounds for each site-year of a build.
 
@@ -92,8 +96,10 @@ def plan_build(
     find = cache_lists(load_or_search)
     rows = []
     for site in sites:
-        cube.check_site(job.store, site, grid_of(site), years, job.recipe)
-        rows += [_plan_year(job, site, year, builds[site.id].get(year), find) for year in years]
+        cube.check_site(job.store, site, grid_of(site), job.recipe)
+        for year in years:
+            rows.append(_plan_year(job, site, year, builds[site.id].get(year), find))
+            progress(rows[-1])
     plan = BuildPlan(
         years=tuple(rows),
         terms=terms,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
@@ -17,6 +16,7 @@ from minecube import labels
 from minecube.catalog import Site
 from minecube.errors import LabelError
 from minecube.grid import grid_of
+from minecube.places import Place
 
 LARGEST_PX = 20_000
 """Largest side of a grid made for polygons without a known site.
@@ -31,7 +31,7 @@ FAR_FROM_SITE = "elsewhere"
 class PolygonFile:
     """A file of polygons."""
 
-    path: Path
+    path: Place
     layer: str | None = None
     """Layer, if several layers have polygons."""
 

@@ -16,6 +16,7 @@ from minecube.errors import MinecubeError, ModelError, WorkerError
 from minecube.jobs.catalogs import load_all_models
 from minecube.jobs.failures import describe_failure
 from minecube.jobs.workers import iterate_finished
+from minecube.places import Place
 
 Pair = tuple[int, int]
 _KM2_PER_PIXEL = 1e-4
@@ -57,7 +58,7 @@ class ModelReference:
 
     model: str
     """File of a trained model, or name of a model with weights."""
-    catalog: Path | None
+    catalog: Place | None
     """Folder of the user's catalogue."""
     description: str
     """Card and weights that the workers must load; see `describe_model`."""

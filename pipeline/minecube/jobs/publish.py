@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import zarr
@@ -22,12 +22,18 @@ class Published:
 
 
 def publish_sites(
-    store: cube.Store, sites: Sequence[str], selection: str, place: str, tag: str
+    store: cube.Store,
+    sites: Sequence[str],
+    selection: str,
+    place: str,
+    tag: str,
+    progress: Callable[[int, int], None] = lambda _part, _total: None,
 ) -> Published:
     """Save the committed years of sites as a release in an Icechunk repository.
 
     The repository `place` is a folder, or s3://bucket/prefix. Tags are permanent. The text
-    `selection` chose the sites, and is for errors.
+    `selection` chose the sites, and is for errors. Calls `progress` with the number of compared
+    objects, and of all objects.
 
     Raises:
         CubeError: no site has a committed year, or the tag holds another state.
@@ -44,5 +50,5 @@ def publish_sites(
         for site in years
     }
     root = zarr.open_group(store.open_zarr(), mode="r", use_consolidated=False)
-    changes = publish.publish_release(root, years, place, tag, citations)
+    changes = publish.publish_release(root, years, place, tag, citations, progress)
     return Published(site_years=sum(map(len, years.values())), changes=changes)

@@ -15,6 +15,7 @@ from minecube import cube, release
 from minecube.catalog import BANDS
 from minecube.codes import UNKNOWN
 from minecube.errors import CatalogError
+from minecube.places import Place
 from minecube.release import layout
 
 
@@ -40,7 +41,7 @@ def export_release(
     store: cube.Store,
     sites: Sequence[str],
     folder: Path,
-    import_folder: Path | None = None,
+    import_folder: Place | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[ExportedSite]:
     """Write sites as int16 images and 0/255 labels in EPSG:4326.

@@ -5,54 +5,97 @@ A build from a saved list needs no search, so it can be repeated with the same s
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minecube import cube, scenes
 from minecube.catalog import Site, Source
+from minecube.digests import sha256_of_json
+from minecube.errors import PlaceError
+from minecube.network import origin_of
+from minecube.places import Place, Url, local_copy, outgoing, place_of
 from minecube.scenes import snapshot
 
-FindScenes = Callable[[Site, int, Sequence[Source], Path], scenes.SearchResult]
+log = logging.getLogger(__name__)
+
+FindScenes = Callable[[Site, int, Sequence[Source], Place], scenes.SearchResult]
 """Finds the scenes of a site and year in sources, with a folder of lists."""
 
 _CACHED_LISTS = 4  # a year, its two neighbours, and the next year
 
 
-def default_folder(store: cube.Store) -> Path:
-    """Return the folder of scene lists for a store.
+def default_folder(store: cube.Store) -> Place:
+    """Return the folder of scene lists for a store. It is next to the store.
 
-    It is next to the store, or in the current folder for a URL.
+    Before, lists for a store at a URL were in the current folder. Lists found there are used.
+
+    Raises:
+        PlaceError: the store is a whole bucket, so nothing is next to it.
     """
     name = store.name.rstrip("/")
-    if store.path is None:
-        name = name.rpartition("/")[2]
-    return Path(f"{name}-scenes")
+    local_folder = Path(f"{name.rpartition('/')[2]}-scenes")
+    if store.path is None and local_folder.is_dir():
+        log.warning(
+            "%s: using the scene lists in this folder; to keep them next to the store, "
+            "move them to %s-scenes",
+            local_folder,
+            name,
+        )
+        return local_folder
+    if store.path is None and not Url(name).key:
+        raise PlaceError(
+            f"{name}: is a whole bucket, so no folder of scene lists can be next to it; "
+            "name one with --scenes"
+        )
+    return place_of(f"{name}-scenes")
 
 
-def path_of_list(site: Site, year: int, sources: Sequence[Source], folder: Path) -> Path:
-    """Return the path of the site-year's scene list."""
+def path_of_list(site: Site, year: int, sources: Sequence[Source], folder: Place) -> Place:
+    """Return the path or URL of the site-year's scene list."""
     return folder / f"{site.id}_{year}_{'+'.join(s.id for s in sources)}.parquet"
 
 
 def load_or_search(
-    site: Site, year: int, sources: Sequence[Source], folder: Path
+    site: Site, year: int, sources: Sequence[Source], folder: Place
 ) -> scenes.SearchResult:
     """Load the site-year's scenes from its saved list. Without a list, search them.
 
     Raises:
         SceneError: the list belongs to another search, or the search had no usable scene.
     """
-    path = path_of_list(site, year, sources, folder)
-    if not path.exists():
+    place = path_of_list(site, year, sources, folder)
+    if not place.exists():
         return scenes.search(site, year, *sources)
-    listed = snapshot.load(path)
-    scenes.check_saved_scenes(listed.scenes, site, year, sources)
-    snapshot.check_search_hash(path, snapshot.hash_search(site, year, sources))
+    with local_copy(place) as path:
+        listed = snapshot.load(path)
+        scenes.check_saved_scenes(listed.scenes, site, year, sources)
+        snapshot.check_search_hash(path, snapshot.hash_search(site, year, sources))
     return listed
 
 
+def hash_list(site: Site, year: int, sources: Sequence[Source], folder: Place) -> str | None:
+    """Hash the file of a saved scene list, with all that `load_or_search` checks it against.
+
+    An equal hash means the same scenes, and that they pass the same checks. No scene is read, so
+    this takes 0.2 ms instead of 20. Returns None if the list is missing or cannot be read.
+    """
+    try:
+        content = path_of_list(site, year, sources, folder).read_bytes()
+    except (OSError, PlaceError):
+        return None
+    return sha256_of_json(
+        {
+            "file": hashlib.sha256(content).hexdigest(),
+            "search": snapshot.hash_search(site, year, sources),
+            "origins": [origin_of(source.href) for source in sources],
+        }
+    )
+
+
 def load_or_save(
-    site: Site, year: int, sources: Sequence[Source], folder: Path
+    site: Site, year: int, sources: Sequence[Source], folder: Place
 ) -> scenes.SearchResult:
     """Find the site-year's scenes as `load_or_search` does, and save their list.
 
@@ -64,16 +107,23 @@ def load_or_save(
 
 
 def search_and_save(
-    site: Site, year: int, sources: Sequence[Source], folder: Path
+    site: Site, year: int, sources: Sequence[Source], folder: Place
 ) -> scenes.SearchResult:
     """Search the site-year's scenes, and save their list in place of an older list.
 
     Raises SceneError if the search had no usable scene, or no answer.
     """
     listed = scenes.search(site, year, *sources)
-    path = path_of_list(site, year, sources, folder)
-    snapshot.save(listed, path, snapshot.hash_search(site, year, sources))
+    save_list(listed, site, year, sources, folder)
     return listed
+
+
+def save_list(
+    listed: scenes.SearchResult, site: Site, year: int, sources: Sequence[Source], folder: Place
+) -> None:
+    """Save the result of a search in place of an older list. Raises CubeError if it fails."""
+    with outgoing(path_of_list(site, year, sources, folder)) as path:
+        snapshot.save(listed, path, snapshot.hash_search(site, year, sources))
 
 
 def cache_lists(find: FindScenes) -> FindScenes:
@@ -84,7 +134,7 @@ def cache_lists(find: FindScenes) -> FindScenes:
     lists: dict[tuple[str, int], scenes.SearchResult] = {}
 
     def find_cached(
-        site: Site, year: int, sources: Sequence[Source], folder: Path
+        site: Site, year: int, sources: Sequence[Source], folder: Place
     ) -> scenes.SearchResult:
         key = (site.id, year)
         if key not in lists:

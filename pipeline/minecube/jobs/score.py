@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
@@ -12,6 +11,7 @@ import xarray as xr
 from minecube import cube, metrics
 from minecube.codes import HALF, UNKNOWN
 from minecube.errors import CatalogError, CubeError, LabelError, ModelError
+from minecube.places import Place
 
 BLOCK_PX = 512
 """Rows per block. Blocks keep memory independent of a site's height."""
@@ -89,10 +89,10 @@ def need_labels(store: cube.Store, sites: Sequence[str]) -> None:
         _open_truth(store, site)
 
 
-def read_counts(path: Path) -> Counts:
+def read_counts(path: Place) -> Counts:
     """Read counts from another run. Raises CatalogError if the file holds no counts."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         return {model: _parse_sites(sites) for model, sites in content.items()}
     except (OSError, ValueError, AttributeError, RecursionError, ModelError) as error:
         raise CatalogError(
@@ -100,7 +100,7 @@ def read_counts(path: Path) -> Counts:
         ) from error
 
 
-def join_counts(counts: Counts, path: Path, joined: Counts, sites: Sequence[str]) -> None:
+def join_counts(counts: Counts, path: Place, joined: Counts, sites: Sequence[str]) -> None:
     """Add the counts of another run, from the file `path`, to `counts` in place.
 
     This run counts `sites` for each model of `counts`.

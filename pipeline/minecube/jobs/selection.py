@@ -11,6 +11,7 @@ from minecube import cube
 from minecube.catalog import Site, load_sites, match_ids
 from minecube.errors import CatalogError
 from minecube.jobs.catalogs import need_new_names
+from minecube.places import Place, place_of
 from minecube.vectors import SUFFIXES
 
 _LISTED = 8  # most names in an error
@@ -21,7 +22,7 @@ class SiteChoice:
     """Names of sites, or a file of sites and its layer."""
 
     text: str
-    """Names, comma-separated, * allowed; or the path of a file."""
+    """Names, comma-separated, * allowed; or the path or URL of a file."""
     layer: str | None = None
     """Layer of the file, if several layers have polygons."""
 
@@ -30,14 +31,19 @@ class SiteChoice:
         return self.text
 
     def is_file(self) -> bool:
-        """Return whether the text names a file, by its suffix, its folder, or an existing file."""
+        """Return whether the text is a URL, or names a file.
+
+        A name of a file has the suffix of polygons, or a suffix and a folder, or exists.
+        """
+        if "://" in self.text:
+            return True
         path = Path(self.text)
         if path.suffix.lower() in SUFFIXES:
             return True
         return path.suffix != "" and (path.name != self.text or path.is_file())
 
 
-def choose_sites(choice: SiteChoice, folder: Path | None) -> list[Site]:
+def choose_sites(choice: SiteChoice, folder: Place | None) -> list[Site]:
     """Choose sites of the catalogue by name, or all sites of a file.
 
     The file sites.geojson in the user's folder adds sites to the shipped ones.
@@ -46,9 +52,10 @@ def choose_sites(choice: SiteChoice, folder: Path | None) -> list[Site]:
         CatalogError: a name has no match, or the file is missing.
     """
     if choice.is_file():
-        if not Path(choice.text).exists():
+        place = place_of(choice.text)
+        if not place.exists():
             raise CatalogError(f"{choice}: no such file; expected polygons of sites")
-        return load_sites(choice.text, layer=choice.layer)
+        return load_sites(place, layer=choice.layer)
     _need_no_layer(choice)
     sites = {site.id: site for site in load_sites()}
     if folder and (folder / "sites.geojson").exists():

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TypeVar
 
 import pandas as pd
 
 from minecube.errors import CatalogError
 from minecube.files import replacing
+from minecube.places import Place, outgoing
+
+PlaceT = TypeVar("PlaceT", bound=Place)
 
 
 def format_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -52,17 +55,18 @@ def format_latex(frame: pd.DataFrame) -> str:
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
-def write_text(path: Path, text: str, noun: str) -> Path:
-    """Write a text file completely or not at all. Returns its path.
+def write_text(path: PlaceT, text: str, noun: str) -> PlaceT:
+    """Write a text file completely or not at all. Returns its path or URL.
 
     Makes missing folders. The noun of the text, such as "the scores", is for the error.
 
     Raises CatalogError if the file cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as draft:
-            draft.write_text(text, encoding="utf-8")
+        with outgoing(path) as local:
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(local) as draft:
+                draft.write_text(text, encoding="utf-8")
     except OSError as error:
         raise CatalogError(
             f"{path}: {noun} cannot be written ({error.strerror}); name another file"
@@ -70,7 +74,7 @@ def write_text(path: Path, text: str, noun: str) -> Path:
     return path
 
 
-def write_json(path: Path, content: object, noun: str) -> Path:
+def write_json(path: PlaceT, content: object, noun: str) -> PlaceT:
     """Write plain values as indented JSON, as `write_text` does."""
     return write_text(path, json.dumps(content, indent=2) + "\n", noun)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ import torch.distributed as dist
 from minecube import cube, train
 from minecube.catalog import ModelCard, TrainingSettings
 from minecube.device import find_device
+from minecube.places import Place
 
 _VIEWS = {"mapping": "year", "change": "pair", "series": "series"}
 """Task of a model -> years of one training window."""
@@ -43,8 +43,8 @@ def train_network(
     return train.fit(card, source, valid, settings, run)
 
 
-def checkpoint_path(model: Path) -> Path:
-    """Return the path of the training state for a model file."""
+def checkpoint_path(model: Place) -> Place:
+    """Return the path or URL of the training state for a model file."""
     return model.with_name(f"{model.name}.ckpt")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import geopandas as gpd
 import numpy as np
@@ -16,6 +15,7 @@ from minecube.arrays import Bool, Float64
 from minecube.catalog import match_ids
 from minecube.errors import LabelError
 from minecube.labels.dates import YEARS, looks_dated, parse_years
+from minecube.places import Place
 from minecube.vectors import (
     extract_polygons,
     extract_polygons_of_collections,
@@ -41,7 +41,7 @@ _LISTED_ROWS = 10
 log = logging.getLogger(__name__)
 
 
-def read_polygons(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
+def read_polygons(path: Place, layer: str | None = None) -> gpd.GeoDataFrame:
     """Read mine polygons from a file of `minecube.vectors.FORMAT_NAMES`, in the file's own CRS.
 
     `layer` is the name of a layer, * allowed, as for `minecube.vectors.read_vector`.
@@ -81,7 +81,7 @@ def read_polygons(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     return drop_flat_rows(table, path)
 
 
-def read_rows(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
+def read_rows(path: Place, layer: str | None = None) -> gpd.GeoDataFrame:
     """Read the file's rows, with columns understood. Raise LabelError like `read_polygons`."""
     table = _read_table(path, layer)
     try:  # an unread YEAR would spread one year's polygons over all years
@@ -101,7 +101,7 @@ def read_rows(path: Path, layer: str | None = None) -> gpd.GeoDataFrame:
     return table
 
 
-def _read_table(path: Path, layer: str | None) -> gpd.GeoDataFrame:
+def _read_table(path: Place, layer: str | None) -> gpd.GeoDataFrame:
     """Read rows with a CRS, their shapes in column `geometry`, and the index from 0."""
     try:
         table = read_vector(path, layer)
@@ -121,7 +121,7 @@ def _read_table(path: Path, layer: str | None) -> gpd.GeoDataFrame:
     return table.reset_index(drop=True)
 
 
-def _check_geometries(table: gpd.GeoDataFrame, path: Path) -> None:
+def _check_geometries(table: gpd.GeoDataFrame, path: Place) -> None:
     """Raise LabelError for shapes without area, or coordinates outside their CRS."""
     areas, _ = extract_polygons_of_collections(table.geometry.to_numpy())
     shapes = gpd.GeoSeries(areas, index=table.index)
@@ -147,7 +147,7 @@ def _check_geometries(table: gpd.GeoDataFrame, path: Path) -> None:
         )
 
 
-def _parse_calendar_years(column: pd.Series, name: str, path: Path) -> pd.Series:
+def _parse_calendar_years(column: pd.Series, name: str, path: Place) -> pd.Series:
     years = parse_years(column)
     words = to_texts(column)
     invalid = words.notna() & ~years.isin(list(YEARS)).fillna(False)
@@ -164,7 +164,7 @@ def _parse_calendar_years(column: pd.Series, name: str, path: Path) -> pd.Series
     return years.astype("Int64")
 
 
-def _check_years(table: gpd.GeoDataFrame, path: Path) -> None:
+def _check_years(table: gpd.GeoDataFrame, path: Place) -> None:
     """Raise LabelError for rows with a year and a start or end, or with an end before its start."""
     missing = pd.Series(pd.NA, index=table.index, dtype="Int64")
     year, start, end = (table.get(name, missing) for name in ("year", "start", "end"))
@@ -182,7 +182,7 @@ def _check_years(table: gpd.GeoDataFrame, path: Path) -> None:
         )
 
 
-def _parse_truths(column: pd.Series, path: Path) -> pd.Series:
+def _parse_truths(column: pd.Series, path: Place) -> pd.Series:
     words = to_texts(column).str.lower().fillna("false")
     is_truth = words.isin(list(_TRUTHS))
     if not is_truth.all():
@@ -194,7 +194,7 @@ def _parse_truths(column: pd.Series, path: Path) -> pd.Series:
     return words.map(_TRUTHS).astype(bool)
 
 
-def _warn_of_unread_years(table: gpd.GeoDataFrame, path: Path) -> None:
+def _warn_of_unread_years(table: gpd.GeoDataFrame, path: Place) -> None:
     columns = find_unread_year_columns(table)
     if columns:
         log.warning(
@@ -239,7 +239,7 @@ def lacks_area(shapes: gpd.GeoSeries) -> Bool:
     return flat
 
 
-def drop_flat_rows(table: gpd.GeoDataFrame, path: Path) -> gpd.GeoDataFrame:
+def drop_flat_rows(table: gpd.GeoDataFrame, path: Place) -> gpd.GeoDataFrame:
     """Select the rows with area. Raise LabelError without any."""
     flat = lacks_area(table.geometry)
     if flat.all():
@@ -253,7 +253,7 @@ def describe_omitted_parts(table: gpd.GeoDataFrame) -> dict[int, str]:
     return {int(row): parts[row] for row in np.flatnonzero(parts != "")}
 
 
-def match_sites(polygons: gpd.GeoDataFrame, sites: Sequence[str], path: Path) -> gpd.GeoDataFrame:
+def match_sites(polygons: gpd.GeoDataFrame, sites: Sequence[str], path: Place) -> gpd.GeoDataFrame:
     """Rename each `site` to its catalogue id, and log the changed names.
 
     A name may equal an id, or match only one id apart from case, accents, blanks and `_ . -`. Other

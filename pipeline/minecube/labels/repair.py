@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
@@ -59,6 +58,7 @@ from minecube.labels.polygons import (
     read_rows,
     repair_shapes,
 )
+from minecube.places import Place
 from minecube.vectors import extract_polygons, to_texts
 
 MIN_WIDTH_M = 5.0
@@ -141,7 +141,7 @@ class _Findings:
 
 
 def repair_polygons(
-    path: Path,
+    path: Place,
     *,
     layer: str | None = None,
     sites: Mapping[str, shapely.Geometry] | None = None,
@@ -221,7 +221,7 @@ def tabulate_areas(polygons: gpd.GeoDataFrame, mapper_column: str | None = None)
     return pd.DataFrame(records, columns=columns).astype({"year": "Int64"})
 
 
-def _rename_column(table: gpd.GeoDataFrame, name: str, path: Path) -> gpd.GeoDataFrame:
+def _rename_column(table: gpd.GeoDataFrame, name: str, path: Place) -> gpd.GeoDataFrame:
     """Rename the column matching `name` apart from case. Raise LabelError without one."""
     columns = [str(column) for column in table.columns]
     matches = [column for column in columns if column == name]
@@ -265,7 +265,7 @@ def _compute_areas(shapes: Any, crs: CRS) -> Float64:
     return areas
 
 
-def _repair_rows(rows: gpd.GeoDataFrame, path: Path, findings: _Findings) -> gpd.GeoDataFrame:
+def _repair_rows(rows: gpd.GeoDataFrame, path: Place, findings: _Findings) -> gpd.GeoDataFrame:
     """Repair shapes and drop those without area. Column `row` counts the file's rows from 1."""
     table = repair_shapes(rows).assign(row=np.arange(1, len(rows) + 1))
     repaired = table["repaired"]
@@ -281,7 +281,7 @@ def _repair_rows(rows: gpd.GeoDataFrame, path: Path, findings: _Findings) -> gpd
 def _drop_distant_rows(
     table: gpd.GeoDataFrame,
     sites: Mapping[str, shapely.Geometry],
-    path: Path,
+    path: Place,
     findings: _Findings,
 ) -> gpd.GeoDataFrame:
     """Select the rows near their site, or of an unknown site. Raise LabelError if none is left."""

@@ -14,7 +14,6 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 
 from minecube.errors import ModelError
 from minecube.files import replacing
+from minecube.places import Place, outgoing
 
 _FOREIGN = (
     zipfile.BadZipFile,
@@ -166,14 +166,14 @@ def _list_classes(content: bytes) -> str:
     return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
+def write_whole(path: Place, content: bytes | memoryview) -> None:
     """Write a file whole or not at all.
 
     Raises:
         ModelError: The file cannot be written (folder missing or read-only, disk full).
     """
     try:
-        with replacing(path) as draft:
+        with outgoing(path) as local, replacing(local) as draft:
             draft.write_bytes(content)
     except (OSError, ValueError) as error:  # ValueError: invalid file name
         raise ModelError(

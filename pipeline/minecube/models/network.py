@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from minecube.catalog import ModelCard, as_dict, rebuild_model_card
 from minecube.errors import CatalogError, ModelError
 from minecube.models.files import pickle, unpickle, write_whole
 from minecube.models.options import build_with_options
+from minecube.places import Place
 
 FORMAT = "minecube-model-2"
 ARCHITECTURES: dict[str, str | Callable[[ModelCard], nn.Module] | type[nn.Module]] = {
@@ -114,7 +114,7 @@ def count_parameters(card: ModelCard) -> int:
         return sum(p.numel() for p in build(card).parameters() if p.requires_grad)
 
 
-def save(trained: TrainedModel, path: Path) -> None:
+def save(trained: TrainedModel, path: Place) -> None:
     """Write the model to one file, whole or not at all.
 
     Raises:
@@ -132,7 +132,7 @@ def save(trained: TrainedModel, path: Path) -> None:
     write_whole(path, pickle(content))
 
 
-def load(path: Path) -> TrainedModel:
+def load(path: Place) -> TrainedModel:
     """Load a model from a file written by `save`.
 
     Raises:

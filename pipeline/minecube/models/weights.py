@@ -31,6 +31,7 @@ from minecube.models.network import (
     not_a_model,
     read_model,
 )
+from minecube.places import place_of
 
 log = logging.getLogger(__name__)
 
@@ -38,14 +39,14 @@ _TIMEOUT_S = 60
 
 
 def find_model(name: str, cards: Mapping[str, ModelCard]) -> TrainedModel:
-    """Load a trained model by the path of its file or by the name of a card.
+    """Load a trained model by the path or URL of its file, or by the name of a card.
 
     Raises:
         ModelError: The name is neither. The file is not a model. The card has no weights, or
             `fetch` refuses them.
     """
-    if Path(name).is_file():
-        return load(Path(name))
+    if "://" in name or Path(name).is_file():
+        return load(place_of(name))
     if name not in cards:
         raise ModelError(
             f"{name}: is neither the file of a trained model nor a model of the catalogue; train "

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
@@ -24,6 +23,7 @@ from minecube.arrays import Int16
 from minecube.catalog import BANDS, Release, Site
 from minecube.errors import ReleaseError
 from minecube.network import ForbiddenError
+from minecube.places import Place
 from minecube.release.archive import Archive, open_content
 from minecube.release.imported import Imported
 from minecube.release.sites import select_placed
@@ -105,7 +105,7 @@ def select_split(release: Release, catalogue: Iterable[Site]) -> Split:
     return split
 
 
-def read_split(path: Path) -> Split:
+def read_split(path: Place) -> Split:
     """Read a user's split from a JSON file.
 
     Format: `{"train": ["Germany_1", ...], "val": [...], "test": [...]}`.
@@ -114,7 +114,7 @@ def read_split(path: Path) -> Split:
         ReleaseError: the file is unreadable or has another format.
     """
     try:
-        split = json.loads(path.read_text(encoding="utf-8"))
+        split = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise ReleaseError(f"{path}: cannot be read as a split ({error}); expected JSON") from error
     if not _is_split(split):

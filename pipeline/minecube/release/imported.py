@@ -17,6 +17,7 @@ from rasterio import features
 from minecube.arrays import UInt8
 from minecube.errors import ReleaseError
 from minecube.files import replacing
+from minecube.places import Place, local_copy
 from minecube.release.archive import Archive
 from minecube.release.sites import ARCHIVE_MINE, select_placed
 from minecube.vectors import read_vector
@@ -34,14 +35,14 @@ class Imported:
     """Content of import.json."""
 
 
-def open_import(folder: Path) -> Imported:
+def open_import(folder: Place) -> Imported:
     """Open a finished import; raise ReleaseError if the folder has none."""
     try:
         return Imported(
-            about=json.loads((folder / "import.json").read_text(encoding="utf-8")),
-            years=pd.read_parquet(folder / "years.parquet"),
-            changes=pd.read_parquet(folder / "changes.parquet"),
-            labels=gpd.read_parquet(folder / "labels.parquet"),
+            about=json.loads((folder / "import.json").read_bytes()),
+            years=_read_table(folder / "years.parquet"),
+            changes=_read_table(folder / "changes.parquet"),
+            labels=read_vector(folder / "labels.parquet"),
             sites=read_vector(folder / "sites.geojson"),
         )
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: pyogrio; others: Arrow
@@ -49,6 +50,11 @@ def open_import(folder: Path) -> Imported:
             f"{folder}: holds no finished import of a release ({error}); "
             "run `minecube release import` first"
         ) from error
+
+
+def _read_table(place: Place) -> pd.DataFrame:
+    with local_copy(place) as path:
+        return pd.read_parquet(path)
 
 
 def draw_label(imported: Imported, site: str, year: int) -> UInt8:
@@ -81,7 +87,7 @@ def map_placed_years(imported: Imported, site: str) -> dict[int, dict[str, Any]]
     return {int(row["year"]): row for row in rows}
 
 
-def check_same_archive(archive: Archive, imported: Imported, folder: Path) -> None:
+def check_same_archive(archive: Archive, imported: Imported, folder: Place) -> None:
     """Raise ReleaseError if the import is from another archive."""
     if archive.compute_identity() != imported.about["identity"]:
         raise ReleaseError(

@@ -104,12 +104,12 @@ def _find_notes_folder(out: Path) -> Path:
 
 
 def download(
-    url: str, out: Path, report_bytes: Callable[[int, int], None] = lambda _n, _total: None
+    url: str, out: Path, report_bytes: Callable[[int, int], None] = lambda _size, _total: None
 ) -> Path:
     """Download the complete archive from an http(s):// URL into the folder and return its path.
 
-    An earlier download from the same URL is reused. Calls `report_bytes` with the bytes of each
-    part and the total.
+    An earlier download from the same URL is reused. Calls `report_bytes` with the bytes so
+    far and the total, 0 if the server does not give it.
 
     Raises:
         ReleaseError: the download is incomplete or writing fails. A folder with a catalogue made by
@@ -132,7 +132,7 @@ def download(
             total = length_of(answer.headers.get("Content-Length")) or 0
             for piece in answer.iter_content(1 << 20):  # raises on an incomplete answer
                 file.write(piece)
-                report_bytes(len(piece), total)
+                report_bytes(file.tell(), total)
     except (OSError, ForbiddenError) as error:  # requests raises OSErrors
         reason = explain_unreachable(url, error) or remove_query(str(error))
         text = f"{remove_query(url)}: cannot be downloaded to {out} ({reason}); try again"

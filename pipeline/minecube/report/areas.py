@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from minecube.errors import CubeError
 from minecube.report.style import (
     BLACK,
     BLUE,
     DPI,
     GREEN,
     INK,
-    PANEL_IN,
     VERMILION,
     save,
     strip_axes,
 )
 
+_SIZE_IN = (4.6, 3.6)
+_MARGINS = {"left": 0.15, "right": 0.97, "top": 0.91, "bottom": 0.17, "hspace": 0.12}
 MAPPED = BLACK
 TRUTH = GREEN
 GAIN = VERMILION
@@ -32,40 +32,33 @@ LOSS = BLUE
 
 
 def draw_areas(
-    areas: Mapping[str, pd.DataFrame], out: Path, truth: Mapping[str, pd.DataFrame] | None = None
+    table: pd.DataFrame, out: Path, title: str, truth: pd.DataFrame | None = None
 ) -> None:
-    """Write a PNG of mine area by year per site, with gain and loss as bars below the line.
+    """Write a PNG of a site's mine area by year, with gain and loss as bars below the line.
 
     The line has a gap in years with more unknown than mine area.
 
     Args:
-        areas: Site -> columns year, area_m2, gain_m2, loss_m2 (NaN: nothing to compare with) and,
+        table: Columns year, area_m2, gain_m2, loss_m2 (NaN: nothing to compare with) and,
             optionally, unknown_m2.
-        truth: Site -> the same columns of the reference, drawn as a dashed line.
+        truth: The same columns of the reference, drawn as a dashed line.
 
     Raises:
-        CubeError: There is no site to plot, or the file cannot be written.
+        CubeError: The file cannot be written.
     """
-    if not areas:
-        raise CubeError(f"{out}: there is no area to plot; score or predict a site first")
-    truth = truth or {}
-    unit, unit_m2 = _choose_unit([*areas.values(), *truth.values()])
-    rows = -(-len(areas) // 4)
-    columns = -(-len(areas) // rows)
-    figure = Figure(
-        figsize=(PANEL_IN * max(columns, 2), 3.0 * rows + 0.3), dpi=DPI, layout="constrained"
-    )
-    panels = figure.subfigures(rows, columns, squeeze=False).ravel()
-    for panel, (site, table) in zip(panels, areas.items(), strict=False):
-        upper, lower = panel.subplots(2, 1, sharex=True, height_ratios=[2.2, 1])
-        upper.set_title(site, fontsize=10, color=INK, fontweight="bold")
-        upper.set_ylabel(f"mine area, {unit}", fontsize=8)
-        lower.set_ylabel(f"change, {unit}", fontsize=8)
-        _draw_area(upper, table, truth.get(site), unit_m2)
-        _draw_change(lower, table, unit_m2)
-        strip_axes(upper)
-        strip_axes(lower)
-    _draw_legend(figure, panels)
+    unit, unit_m2 = _choose_unit([table] if truth is None else [table, truth])
+    figure = Figure(figsize=_SIZE_IN, dpi=DPI)
+    # Fixed margins: a constrained layout takes three times as long per picture.
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1], gridspec_kw=_MARGINS)
+    upper.set_title(title, fontsize=11, color=INK, fontweight="bold")
+    upper.set_ylabel(f"mine area, {unit}", fontsize=9)
+    lower.set_ylabel(f"change, {unit}", fontsize=9)
+    _draw_area(upper, table, truth, unit_m2)
+    _draw_change(lower, table, unit_m2)
+    for ax in (upper, lower):
+        strip_axes(ax)
+    figure.align_ylabels()
+    _draw_legend(figure, (upper, lower))
     save(figure, out)
 
 
@@ -78,16 +71,16 @@ def _choose_unit(tables: Iterable[pd.DataFrame]) -> tuple[str, float]:
 
 def _draw_area(ax: Axes, table: pd.DataFrame, truth: pd.DataFrame | None, unit_m2: float) -> None:
     style: dict[str, Any] = {"color": MAPPED, "marker": "o", "ms": 3.5, "lw": 1.6}
-    ax.plot(table["year"], _mask_unknown(table) / unit_m2, label="mapped", **style)
+    ax.plot(table["year"], mask_unknown(table) / unit_m2, label="mapped", **style)
     if truth is not None:
         style |= {"color": TRUTH, "ls": (0, (4, 2)), "mfc": "white"}
-        ax.plot(truth["year"], _mask_unknown(truth) / unit_m2, label="truth", **style)
+        ax.plot(truth["year"], mask_unknown(truth) / unit_m2, label="truth", **style)
     ax.set_ylim(0, 1.15 * max(ax.dataLim.y1, 1e-3))
 
 
-def _mask_unknown(table: pd.DataFrame) -> pd.Series:
+def mask_unknown(table: pd.DataFrame) -> pd.Series:
     """Return the area in m2, NaN in years with more unknown than mine area."""
-    unknown = table.get("unknown_m2", pd.Series(0.0, index=table.index))
+    unknown = table.get("unknown_m2", pd.Series(0.0, index=table.index)).fillna(0)
     return table["area_m2"].where(unknown <= table["area_m2"].clip(lower=1))
 
 
@@ -100,18 +93,12 @@ def _draw_change(ax: Axes, table: pd.DataFrame, unit_m2: float) -> None:
         ax.xaxis.set_major_locator(FixedLocator(table["year"].tolist()))
 
 
-def _draw_legend(figure: Figure, panels: Iterable[SubFigure]) -> None:
-    """Draw one legend for all panels, with each name once."""
-    handles: dict[str, Artist] = {}
-    for panel in panels:
-        for ax in panel.axes:
-            lines, names = ax.get_legend_handles_labels()
-            handles.update(zip(names, lines, strict=True))
-    figure.legend(
-        list(handles.values()),
-        list(handles),
-        loc="outside lower center",
-        ncols=len(handles),
-        fontsize=8,
-        frameon=False,
-    )
+def _draw_legend(figure: Figure, axes: Iterable[Axes]) -> None:
+    """Draw one legend for all axes, below them."""
+    handles: list[Artist] = []
+    names: list[str] = []
+    for ax in axes:
+        shown, labels = ax.get_legend_handles_labels()
+        handles += shown
+        names += labels
+    figure.legend(handles, names, loc="lower center", ncols=len(names), fontsize=9, frameon=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,6 +24,8 @@ PURPLE = "#cc79a7"
 SKY_BLUE = "#56b4e9"
 ORANGE = "#e69f00"
 BLACK = "#222222"
+UNOBSERVED: dict[str, Any] = {"facecolor": "#d9d9d9", "edgecolor": "#a6a6a6", "hatch": "////"}
+"""Style of patches without data."""
 PANEL_IN = 2.9
 """Width of a panel, in inches."""
 DPI = 120

@@ -26,6 +26,7 @@ List of scenes:
     selection.py       Selects the scenes for a recipe.
     snapshot.py        Saves the list of a site-year, with its hash.
     snapshot_checks.py Checks that a saved list belongs to a site-year and its sources.
+    changes.py         Compares a saved list with a new search.
     coverage.py        Compares the scenes with the passes expected from the orbits.
 
 Pixels:
@@ -42,6 +43,7 @@ from minecube.scenes.acquisitions import (
     identify_acquisition,
     merge_sources,
 )
+from minecube.scenes.changes import SceneChange, compare_lists
 from minecube.scenes.normalisation import normalise
 from minecube.scenes.selection import (
     list_solar_days,
@@ -55,9 +57,11 @@ from minecube.scenes.snapshot_checks import check_saved_scenes
 
 __all__ = [
     "NoScenesError",
+    "SceneChange",
     "SearchResult",
     "check_saved_scenes",
     "check_years",
+    "compare_lists",
     "deduplicate",
     "find_copies",
     "grid_of",

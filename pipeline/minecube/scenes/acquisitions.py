@@ -83,7 +83,7 @@ def deduplicate(scenes: Iterable[pystac.Item]) -> list[pystac.Item]:
     The order of the input does not matter. The two granules of a split datatake start at different
     times, and both stay.
     """
-    return [max(copies, key=_version) for copies in _group_copies(scenes)]
+    return [max(copies, key=_version) for copies in group_copies(scenes)]
 
 
 def _version(scene: pystac.Item) -> tuple[str, str, str]:
@@ -99,18 +99,18 @@ def merge_sources(lists: Iterable[Iterable[pystac.Item]]) -> list[pystac.Item]:
     """
     ranked = [(rank, scene) for rank, listed in enumerate(lists) for scene in listed]
     ranks = {id(scene): rank for rank, scene in ranked}
-    groups = _group_copies(scene for _, scene in ranked)
+    groups = group_copies(scene for _, scene in ranked)
     return [min(copies, key=lambda scene: ranks[id(scene)]) for copies in groups]
 
 
 def find_copies(scene: pystac.Item, listed: Iterable[pystac.Item]) -> list[pystac.Item]:
     """Return the listed scenes of the same acquisition and tile as another scene."""
-    groups = _group_copies([scene, *listed])
+    groups = group_copies([scene, *listed])
     copies = next(group for group in groups if any(copy is scene for copy in group))
     return [copy for copy in copies if copy is not scene]
 
 
-def _group_copies(scenes: Iterable[pystac.Item]) -> list[list[pystac.Item]]:
+def group_copies(scenes: Iterable[pystac.Item]) -> list[list[pystac.Item]]:
     """Group copies. Groups are ordered by the time and id of their first scene."""
     by_datatake: dict[tuple[str, str], list[pystac.Item]] = {}
     for scene in scenes:

@@ -188,13 +188,13 @@ def _simulate_all(
             styles = (own_style,)
         place = _prepare_place(site, world, [sources[style] for style in styles], tile_names)
         for year in sorted(world.years):
-            progress(f"{site.id} {year}")
             for style, entries in _simulate_year(place, out, year, world).items():
                 for item, product in entries:
                     items.setdefault(style, []).append(item)
                     misflagged = product.flag is not None
                     offsets.append((style, item["id"], product.offset, misflagged))
             outlines.append(_outline_mine(place, year))
+            progress(f"{site.id} {year}")
     for style, style_items in items.items():
         write_index(out, style, style_items)
     write_sources(out, {style: sources[style] for style in items})

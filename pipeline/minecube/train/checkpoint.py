@@ -10,11 +10,11 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from minecube.errors import ModelError
 from minecube.models.files import pickle, unpickle, write_whole
+from minecube.places import Place
 
 FORMAT = "minecube-training-1"
 
@@ -42,12 +42,12 @@ class Epoch:
     """Windows per second of all processes together, without validation."""
 
 
-def write_state(path: Path, content: Mapping[str, Any]) -> None:
+def write_state(path: Place, content: Mapping[str, Any]) -> None:
     """Write a training's state whole, or raise ModelError and write nothing."""
     write_whole(path, pickle({"format": FORMAT, **content}))
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Place) -> dict[str, Any]:
     """Read a state of `write_state`; raise ModelError for any other or a damaged file."""
     not_a_state = (
         f"{path}: is not the state of a training of this version of minecube, or is damaged; "
@@ -63,7 +63,7 @@ def read_state(path: Path) -> dict[str, Any]:
     return content
 
 
-def need_same(path: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def need_same(path: Place, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Raise ModelError with the differences if a state is another training's."""
     differences: list[str] = []
     for name, value in identity.items():
@@ -87,7 +87,7 @@ def _list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     ]
 
 
-def write_log(path: Path, history: Sequence[Epoch]) -> None:
+def write_log(path: Place, history: Sequence[Epoch]) -> None:
     """Write all epochs so far as CSV whole, or raise ModelError and write nothing."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 from minecube.catalog import TrainingSettings
 from minecube.errors import ModelError
 from minecube.models import compute_logits
+from minecube.places import Place
 from minecube.train.checkpoint import Epoch, write_log, write_state
 from minecube.train.judge import compute_scores, count_pixels
 from minecube.train.loss import compute_loss
@@ -38,7 +38,7 @@ class TrainingOptions:
     device: str = "cpu"
     workers: int = 0
     """Processes cutting windows; 0: the training process."""
-    checkpoint: Path | None = None
+    checkpoint: Place | None = None
     """File for the state after each epoch. The log has the same name with suffix `.csv`."""
     resume: bool = False
     """Whether to resume from the checkpoint, if it exists."""
@@ -106,7 +106,7 @@ class State:
         self.best_weights = content["best_weights"]
         self.ended = content["ended"]
 
-    def save(self, path: Path, identity: dict[str, Any]) -> None:
+    def save(self, path: Place, identity: dict[str, Any]) -> None:
         """Write the checkpoint and the log."""
         content = {name: getattr(self, name).state_dict() for name in _WITH_STATE}
         content["best"] = self.best

@@ -16,6 +16,7 @@ import xarray as xr
 from odc.geo.geobox import GeoBox
 from xarray.core import indexing
 
+from minecube.arrays import Int64
 from minecube.cube.read.commits import Commits, Labels, Watch
 from minecube.cube.read.pixels import LazyPixels, Pixels
 from minecube.cube.store import Store
@@ -29,7 +30,7 @@ REFLECTANCE_SCALE = 10_000
 def open_cube(store: Store, site_id: str) -> xr.Dataset:
     """Open a site's cube with all its years, lazily. A year without a commit reads as no data.
 
-    Dimensions are year, band, y, x. `cube/__init__.py` lists the variables. Attributes are text and
+    Dimensions are year (ascending), band, y, x. `cube/__init__.py` lists the variables. Attributes are text and
     numbers, and variables have no encoding. `to_netcdf` and `to_zarr` therefore work.
 
     Raises:
@@ -71,20 +72,30 @@ def _open(commits: Commits) -> xr.Dataset:
                 opened[name] = _chunk(array.variable, pixels)
     for variable in opened.variables.values():
         variable.encoding = {}
-    # A run killed while making room for more years leaves room without a name.
-    opened = opened.isel(year=np.flatnonzero(opened["year"] > 0))
+    opened = opened.isel(year=_order_years(opened["year"].to_numpy()))
     return opened.assign_attrs({name: _flatten(value) for name, value in opened.attrs.items()})
 
 
+def _order_years(years: Int64) -> Int64:
+    """Return the indices of named years, in ascending order of the years.
+
+    Years are stored in the order in which they were added. A run killed while it added years leaves
+    years without a name: 0.
+    """
+    order = np.argsort(years)
+    return order[years[order] > 0]
+
+
 def read_grid_and_years(store: Store, site_id: str) -> tuple[GeoBox, list[int]]:
-    """Read the grid of a site's cube, and all its years, from metadata.
+    """Read the grid of a site's cube, and all its years in ascending order, from metadata.
 
     Raises:
         CubeError: the site is missing.
     """
     group = store.open_site(site_id)
     with store.reading(site_id):
-        return grid_in(group.attrs), [int(year) for year in group["year"][:]]
+        years = group["year"][:]
+        return grid_in(group.attrs), years[_order_years(years)].tolist()
 
 
 def as_float(cube: xr.Dataset) -> xr.Dataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import xarray as xr
 import zarr
 
@@ -43,13 +44,15 @@ def open_change(store: Store, site_id: str, name: str) -> xr.DataArray:
     """Open a model's change over a site: lazy uint8 [pair, class, y, x], x 250.
 
     The value is 255 if either year has no observation. Coordinates `first` and `second` are the
-    years of each pair. `class` is "changed", "new", or "removed" and "new".
+    years of each pair, in ascending order. `class` is "changed", "new", or "removed" and "new".
 
     Raises:
         CubeError: as `open_probability`. Years built later are no error: no map of them was
             requested.
     """
-    return _open(store, site_id, name, "change")
+    change = _open(store, site_id, name, "change")
+    order = np.lexsort((change["second"].to_numpy(), change["first"].to_numpy()))
+    return change.isel(pair=order)
 
 
 def read_variable(store: Store, site_id: str, model: str) -> str:
@@ -96,7 +99,7 @@ def _open(store: Store, site_id: str, model: str, variable: str) -> xr.DataArray
     opened: xr.Dataset = xr.open_zarr(
         store.open_zarr(), group=prediction_path(site_id, model), consolidated=False
     )
-    origin = {year: name.partition(":")[0] for year, name in inputs}
+    origin = {year: name.partition(":")[0] for year, name in sorted(inputs)}
     prediction = opened[variable].assign_attrs(model=attrs["model"], builds=origin)
     # Views of uncommitted years have no map.
     complete = [index for index, is_done in completeness_by_index(attrs).items() if is_done]

@@ -198,12 +198,14 @@ class CubeDataset:
 def open_reflectance(store: Store, site_id: str) -> xr.DataArray:
     """Open reflectance of a site's committed years: lazy, without Dask, and fast to read in rows.
 
+    Years are ascending.
+
     Raises:
         CubeError: the site is missing or has no committed year.
     """
     site = _Site.open(store, site_id, None)
     group = store.open_site(site_id)
-    coords = {name: group[name][:] for name in ("year", "band", "y", "x")}
+    coords = {name: group[name][:] for name in ("band", "y", "x")}
     coords["band"] = np.array([str(band) for band in coords["band"]], dtype=object)
     pixels = site.reflectance
     reflectance = xr.DataArray(
@@ -213,7 +215,8 @@ def open_reflectance(store: Store, site_id: str) -> xr.DataArray:
         name="reflectance",
     )
     reflectance.encoding["chunks"] = (1, pixels.shape[1], *pixels.chunk)
-    return reflectance.sel(year=list(site.years))
+    indices = [site.index[year] for year in site.years]
+    return reflectance.isel(year=indices).assign_coords(year=list(site.years))
 
 
 def window_starts(length: int, size: int, step: int) -> list[int]:

@@ -119,9 +119,9 @@ def _check_years(site: SiteState, description: Mapping[str, Any]) -> Iterator[Fi
     )
     if is_growing:
         yield site.find_unfinished("year", "room for another year was being made", "build")
-    is_ascending = named_years and sorted(set(named_years)) == named_years
-    if not is_ascending or (years != expected and not is_growing):
-        text = f"expected {description.get('years', 'ascending years')}, found {years}"
+    is_distinct = named_years and len(set(named_years)) == len(named_years)
+    if not is_distinct or (years != expected and not is_growing):
+        text = f"expected {description.get('years', 'each year once')}, found {years}"
         yield site.find("damaged", "year", text, "site")
 
 

@@ -24,6 +24,7 @@ from minecube.cube.template import built_variables
 from minecube.cube.write.labels import need_labels
 from minecube.errors import CubeError
 from minecube.files import replacing
+from minecube.places import Place, Url, outgoing
 
 Progress = Callable[[int, int, str], None]
 """Called with the finished steps, their total, and the current step."""
@@ -49,7 +50,7 @@ class Packing:
 
 def pack(
     store: Store,
-    out: Path,
+    out: Place,
     names: Sequence[str] | None = None,
     progress: Progress = lambda *_: None,
 ) -> Packing:
@@ -70,15 +71,16 @@ def pack(
     selection = _select(store, names)
     keys = _keys_to_pack(store, selection.files, selection.years)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as part:
-            raw = store.open_objects()
-            crcs = _metadata_crcs(raw, keys)
-            _write(store, keys, part, progress)
-            _need_unchanged(store, selection, keys, crcs)
-            with part.open("rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-                size = file.tell()
+        with outgoing(out) as path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as part:
+                raw = store.open_objects()
+                crcs = _metadata_crcs(raw, keys)
+                _write(store, keys, part, progress)
+                _need_unchanged(store, selection, keys, crcs)
+                with part.open("rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                    size = file.tell()
             progress(len(keys) + 1, len(keys) + 1, "its checksum")
     except OSError as error:
         raise CubeError(
@@ -105,7 +107,12 @@ class _Selection:
     left_out: tuple[str, ...]
 
 
-def _check_place(store: Store, out: Path) -> None:
+def _check_place(store: Store, out: Place) -> None:
+    if isinstance(out, Url):
+        is_inside = f"{out}/".startswith(f"{store.name.rstrip('/')}/")
+        if out.suffix != SUFFIX or is_inside:
+            raise CubeError(f"{out}: expected a file name that ends in {SUFFIX}, outside {store}")
+        return
     place = None if store.path is None else store.path.resolve()
     if out.suffix != SUFFIX or (not store.packed and place in out.resolve().parents):
         raise CubeError(f"{out}: expected a file name that ends in {SUFFIX}, outside {store}")

@@ -24,14 +24,12 @@ from minecube.cube.template import (
 from minecube.errors import CubeError
 
 
-def check_site(
-    store: Store, site: Site, grid: GeoBox, years: Sequence[int], recipe: Recipe
-) -> bool:
-    """Check the site's group against years, grid and recipe. Returns whether the group exists.
+def check_site(store: Store, site: Site, grid: GeoBox, recipe: Recipe) -> bool:
+    """Check the site's group against grid and recipe. Returns whether the group exists.
 
     Raises:
-        CubeError: the group was made with another recipe or on another grid, lacks its metadata or
-            an array, or would need a new year before its last one.
+        CubeError: the group was made with another recipe or on another grid, or lacks its metadata
+            or an array.
     """
     group = store.find_group(site.id)
     if group is None and store.has_objects(site.id):
@@ -41,10 +39,11 @@ def check_site(
         )
     if group is None or is_unfinished(group):
         return False
-    group = store.open_site(site.id)
+    store.check_format(site.id, group)
     description = group.attrs[DESCRIPTION]
     _check_recipe(store, site, description["recipe"], recipe)
-    missing = [name for name in description.get("arrays", ()) if name not in group]
+    names = description.get("arrays", ())
+    missing = [name for name in names if not store.has_object(f"{site.id}/{name}/zarr.json")]
     if missing:
         raise CubeError(f"{store}: {site.id} lacks its array {missing[0]!r}; run `minecube verify`")
     if grid_in(group.attrs) != grid:
@@ -53,7 +52,6 @@ def check_site(
             f"(the store has a margin of {description.get('margin', 0):g} m, asked for was "
             f"{site.margin:g} m); use another --store"
         )
-    _check_years(store, site, [int(year) for year in group["year"][:] if year > 0], years)
     return True
 
 
@@ -64,18 +62,8 @@ def _check_recipe(store: Store, site: Site, stored: Mapping[str, Any], recipe: R
     if changed:
         raise CubeError(
             f"{store}: {site.id} was made with recipe {stored['id']!r}, which differs from "
-            f"{recipe.id!r} in {', '.join(changed)}; use the same recipe, or another --store"
-        )
-
-
-def _check_years(store: Store, site: Site, stored: Sequence[int], years: Sequence[int]) -> None:
-    """Raise CubeError if a year would have to be inserted before the last one."""
-    early = [year for year in years if year not in stored and year < stored[-1]]
-    if early:
-        raise CubeError(
-            f"{store}: {site.id} has years {stored[0]}..{stored[-1]}, and year {early[0]} cannot "
-            "be added before the last one; name all years in the first build, or use another "
-            "--store"
+            f"{recipe.id!r} in {', '.join(changed)}; use the same recipe, or another "
+            "store; `minecube update` makes one next to it"
         )
 
 
@@ -97,7 +85,7 @@ def create_site(
         CubeError: as `check_site`, or the store cannot be written.
     """
     with hold(store, site.id, wait_s=WAIT_S):
-        if check_site(store, site, grid, years, recipe):
+        if check_site(store, site, grid, recipe):
             group = store.open_site(site.id, mode="r+")
             extend(group, years)
         else:

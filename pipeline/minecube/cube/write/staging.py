@@ -116,9 +116,8 @@ def year_index(group: zarr.Group, year: int) -> int:
     """
     years = [int(value) for value in group["year"][:]]
     if year not in years:
-        raise CubeError(
-            f"year {year} is not in the cube, which has {years[0]}..{years[-1]}; build it first"
-        )
+        listed = ", ".join(map(str, sorted(years)))
+        raise CubeError(f"year {year} is not in the cube, which has {listed}; build it first")
     return years.index(year)
 
 
@@ -268,7 +267,7 @@ def _note_lost_reads(store: Store, site_id: str) -> None:
     with hold(store, site_id, wait_s=WAIT_S):
         group = store.open_site(site_id, mode="r+")
         shares = {}
-        for year in group["year"][:]:
+        for year in sorted(group["year"][:]):
             marker = read_marker(store, site_id, int(year))
             if marker is not None and completeness_of(marker) < 1:
                 shares[str(year)] = completeness_of(marker)

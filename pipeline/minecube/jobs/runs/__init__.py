@@ -6,7 +6,9 @@ steps.py      the work of each step             plan.py      unfinished units of
 mapping.py    maps of networks                  driver.py    keeps workers busy: `run`
 finished.py   notes on finished steps           joins.py     results of all sites together
 states.py     stale site-years                  history.py   attempts, from the event logs
-summary.py    options and outcome of a run
+summary.py    options and outcome of a run      retry.py      failed units again: `retry`
+notify.py     summaries to a command or hook    update.py     new years, sites, scenes: `update`
+publishing.py a finished dataset as a version
 """
 
 from minecube.jobs.runs.driver import run

@@ -15,13 +15,14 @@ from minecube.errors import CatalogError
 from minecube.grid import grid_of
 from minecube.jobs.failures import classify, describe_failure
 from minecube.jobs.runs.engines import Engine, open_engine
-from minecube.jobs.runs.inputs import Inputs, check_inputs, load_inputs
+from minecube.jobs.runs.inputs import Inputs, check_inputs, load_inputs, open_log
 from minecube.jobs.runs.joins import join_results
+from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.plan import Barrier, Plan
 from minecube.jobs.runs.steps import Limits
-from minecube.jobs.runs.summary import RunOptions, Summary
+from minecube.jobs.runs.summary import Progress, RunOptions, Summary
 from minecube.jobs.runs.units import Unit, list_steps
-from minecube.jobs.runs.worker import Result
+from minecube.jobs.runs.worker import Result, log_end
 from minecube.jobs.selection import match_names
 
 _POLL_S = 1.0
@@ -29,9 +30,6 @@ _BUSY_S = 2.0
 """Seconds until a unit is tried again on which another run works."""
 _MOST_DEATHS = 3
 """Deaths of workers after which their unit has failed."""
-
-
-Progress = Callable[[Unit, Result, int, int], None]
 
 
 def run(
@@ -42,7 +40,7 @@ def run(
     """Run all unfinished steps of a dataset. The failure of a unit stops no other site.
 
     Workers start with the first unfinished unit. `progress` is called with each unit that ends, its
-    result, and the numbers of ended and of all units of this run, the latter an upper bound.
+    result, and the number of all units of this run, an upper bound.
 
     Raises:
         CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
@@ -51,11 +49,12 @@ def run(
     options = options or RunOptions()
     start = time.monotonic()
     plan = make_plan(dataset, options)
-    driver = _Driver(plan, progress)
-    with ExitStack() as stack:
-        driver.work(lambda: stack.enter_context(open_engine(dataset, plan.steps)))
-    if options.shard is None:
-        plan.summary.unjoined = join_results(plan.inputs, plan.steps)
+    with notifying(dataset, plan.summary, progress) as note:
+        driver = _Driver(plan, note)
+        with ExitStack() as stack:
+            driver.work(lambda: stack.enter_context(open_engine(dataset, plan.steps)))
+        if options.shard is None:
+            plan.summary.unjoined = join_results(plan.inputs, plan.steps)
     plan.summary.seconds = time.monotonic() - start
     return plan.summary
 
@@ -96,7 +95,7 @@ def check_store(inputs: Inputs, sites: Iterable[str]) -> None:
     for name in sites:
         site = inputs.sites[name]
         if site.geometry is not None:
-            cube.check_site(inputs.store, site, grid_of(site), (), inputs.job.recipe)
+            cube.check_site(inputs.store, site, grid_of(site), inputs.job.recipe)
 
 
 @dataclass
@@ -185,7 +184,7 @@ class _Driver:
             if result is None:
                 continue
             self._plan.summary.results[work.unit] = result
-            self._progress(work.unit, result, len(self._plan.summary.results), self._plan.count())
+            self._progress(work.unit, result, self._plan.count())
             work.chain.open -= 1
             if not work.chain.open:
                 self._ready.appendleft(work.chain)  # finish begun sites first
@@ -204,14 +203,21 @@ class _Driver:
             if work.deaths < _MOST_DEATHS:
                 self._again.append(work)
                 return None
-            return Result(
-                state="failed",
-                error_class="memory",
-                message=f"workers died on it {work.deaths} times, most often for lack of memory; "
-                "give each worker more memory",
-            )
+            return self._fail_dead(work)
         if result.state == "busy":
             work.not_before = time.monotonic() + _BUSY_S
             self._again.append(work)
             return None
+        return result
+
+    def _fail_dead(self, work: _Work) -> Result:
+        """Log that a unit has failed, in place of its dead workers."""
+        result = Result(
+            state="failed",
+            error_class="memory",
+            message=f"workers died on it {work.deaths} times, most often for lack of memory; "
+            "give each worker more memory",
+        )
+        attempt = self._plan.history.count_attempts(work.unit) + work.deaths
+        log_end(open_log(self._plan.inputs.store), work.unit, attempt, result)
         return result

@@ -41,7 +41,7 @@ def note_finished(store: Store, step: str, name: str, inputs: str, outputs: Any)
 
 
 def read_finished(store: Store, step: str, name: str) -> dict[str, Any]:
-    """Return the note of a finished step; empty if there is none, or it is damaged."""
+    """Return the note of a finished step; empty for a missing or damaged one."""
     try:
         if store.path is None:
             content = bytes(store.client().get(_key(step, name)).bytes())

@@ -19,7 +19,11 @@ class History:
     """Attempts at units, and how the last one ended."""
 
     units: pd.DataFrame
-    """One row per unit, by `KEYS`: `attempts`, `running` and the columns of its last end."""
+    """One row per unit, by `KEYS`: the columns of its last end, and these.
+
+    `attempts`, `running`, `interrupted`, `memory_failures`: attempts that lacked memory,
+    `last_time`: time of the last event.
+    """
 
     @classmethod
     def from_events(cls, events: Events) -> History:
@@ -39,6 +43,10 @@ class History:
         units["attempts"] = attempts.reindex(units.index).fillna(0).astype(int)
         units["running"] = open_ & alive
         units["interrupted"] = open_ & ~alive
+        lacked = table[(table["event"] == "end") & (table["error_class"] == "memory")]
+        failures = lacked.groupby(KEYS).size()
+        units["memory_failures"] = failures.reindex(units.index).fillna(0).astype(int)
+        units["last_time"] = last["time"]
         return cls(units.sort_index())
 
     def count_attempts(self, unit: Unit) -> int:
@@ -53,7 +61,8 @@ class History:
 
     def failures(self) -> Iterator[tuple[Unit, Any]]:
         """Yield the units whose last attempt failed or was interrupted, with their rows."""
-        failed = self.units[(self.units["state"] == "failed") | self.units["interrupted"]]
+        ended_badly = (self.units["state"] == "failed") | self.units["interrupted"]
+        failed = self.units[ended_badly & ~self.units["running"]]
         for (step, site, year), row in zip(failed.index, failed.itertuples(), strict=True):
             yield Unit(step, site, int(year)), row
 

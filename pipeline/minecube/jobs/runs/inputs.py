@@ -25,6 +25,7 @@ from minecube.jobs.catalogs import (
 )
 from minecube.jobs.scene_lists import default_folder
 from minecube.jobs.selection import SiteChoice, choose_sites
+from minecube.places import Place, place_of
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,18 @@ class Inputs:
         return self.job.store
 
     @property
-    def results(self) -> Path:
+    def results(self) -> Place:
         """Folder of audits, tracks, scores and exports."""
-        return Path(self.dataset.results)
+        return place_of(self.dataset.results)
 
     @property
-    def catalog(self) -> Path | None:
+    def catalog(self) -> Place | None:
         """Folder of the user's catalogue."""
-        return None if self.dataset.catalog is None else Path(self.dataset.catalog)
+        return _catalog_of(self.dataset)
+
+
+def _catalog_of(dataset: Dataset) -> Place | None:
+    return None if dataset.catalog is None else place_of(dataset.catalog)
 
 
 @functools.lru_cache(maxsize=2)
@@ -59,7 +64,7 @@ def load_inputs(dataset: Dataset) -> Inputs:
         CatalogError: a name is unknown, or a file is missing or malformed.
         CubeError: the store cannot be read.
     """
-    catalog = None if dataset.catalog is None else Path(dataset.catalog)
+    catalog = _catalog_of(dataset)
     store = cube.Store.connect(dataset.store, writable=True)
     sites = choose_sites(SiteChoice(dataset.sites, dataset.sites_layer), catalog)
     if dataset.margin is not None:
@@ -68,7 +73,7 @@ def load_inputs(dataset: Dataset) -> Inputs:
         store=store,
         sources=choose_sources(",".join(dataset.sources), catalog),
         recipe=pick(load_all_recipes(catalog), dataset.recipe, "recipe"),
-        snapshots=Path(dataset.scenes) if dataset.scenes else default_folder(store),
+        snapshots=place_of(dataset.scenes) if dataset.scenes else default_folder(store),
         on_offset_conflict=dataset.on_offset_conflict,
         min_read_completeness=dataset.min_read_completeness,
     )
@@ -88,8 +93,7 @@ def choose_cluster(dataset: Dataset) -> Cluster:
             )
         except FieldError as error:
             raise CatalogError(f"engine {dataset.engine!r}: {error}") from error
-    catalog = None if dataset.catalog is None else Path(dataset.catalog)
-    cluster = pick(load_all_clusters(catalog), dataset.engine, "engine")
+    cluster = pick(load_all_clusters(_catalog_of(dataset)), dataset.engine, "engine")
     if dataset.workers is not None and cluster.kind != "local":
         raise CatalogError(
             f"engine {cluster.id}: expected no `workers` in the dataset, found {dataset.workers}; "
@@ -105,7 +109,7 @@ def check_inputs(inputs: Inputs) -> None:
     """
     dataset = inputs.dataset
     choose_cluster(dataset)
-    if dataset.labels is not None and not Path(dataset.labels.file).exists():
+    if dataset.labels is not None and not place_of(dataset.labels.file).exists():
         raise CatalogError(f"{dataset.labels.file}: no such file; expected polygons of mines")
     for model in dataset.models:
         identify_model(inputs, model.file)
@@ -117,7 +121,7 @@ def load_polygons(source: LabelInput, sites: tuple[str, ...]) -> gpd.GeoDataFram
 
     Raises LabelError if they cannot be read.
     """
-    file = Path(source.file)
+    file = place_of(source.file)
     polygons = labels.read_polygons(file, source.layer)
     return labels.match_sites(polygons, sites, file)
 
@@ -125,8 +129,7 @@ def load_polygons(source: LabelInput, sites: tuple[str, ...]) -> gpd.GeoDataFram
 @functools.lru_cache(maxsize=64)
 def hash_file(path: str) -> str:
     """Return the SHA-256 of a file, the same for the whole run."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(place_of(path).read_bytes()).hexdigest()
 
 
 def identify_model(inputs: Inputs, model: str) -> Any:
@@ -134,7 +137,7 @@ def identify_model(inputs: Inputs, model: str) -> Any:
 
     Raises CatalogError if there is neither.
     """
-    if Path(model).is_file():
+    if place_of(model).exists():
         return hash_file(model)
     if Path(model).suffix:
         raise CatalogError(f"{model}: no such file; expected a trained model")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import geopandas as gpd
 import pandas as pd
 
-from minecube import export
+from minecube import export, report
 from minecube.digests import sha256_of_json
 from minecube.errors import MinecubeError
 from minecube.jobs.audit import Audit, save_audit
@@ -18,6 +19,7 @@ from minecube.jobs.runs.site_steps import counts_file
 from minecube.jobs.score import Counts, join_counts, read_counts
 from minecube.jobs.score_tables import ScoreTables, write_tables
 from minecube.jobs.tables import write_json
+from minecube.places import Place, local_copy, outgoing
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ def _join_audit(inputs: Inputs, sites: Sequence[str]) -> None:
     folder = inputs.results / "audit"
     tables = {
         name: _concat(
-            pd.read_parquet(folder / "sites" / f"{site}_{name}.parquet") for site in sites
+            pd.read_parquet(_open(folder / "sites" / f"{site}_{name}.parquet")) for site in sites
         )
         for name in ("months", "years")
     }
@@ -60,27 +62,41 @@ def _join_audit(inputs: Inputs, sites: Sequence[str]) -> None:
         requested=len(inputs.sites) * len(inputs.dataset.years),
         failed_searches=(),
     )
-    save_audit(audit, folder)
+    with outgoing(folder) as local:
+        save_audit(audit, local)
 
 
 def _join_tracks(inputs: Inputs, sites: Sequence[str]) -> None:
     for model in inputs.dataset.models:
         folder = inputs.results / "tracks" / model.name
         for name, joined in (("areas.csv", "areas.csv"), ("summary.csv", "sites.csv")):
-            table = _concat(pd.read_csv(folder / "sites" / site / name) for site in sites)
-            export.write_table(table, folder / joined)
+            table = _concat(pd.read_csv(_open(folder / "sites" / site / name)) for site in sites)
+            with outgoing(folder / joined) as path:
+                export.write_table(table, path)
+            if joined == "areas.csv":
+                with outgoing(folder / "areas.png") as path:
+                    report.draw_area_overview(_split_by_site(table), path)
+
+
+def _split_by_site(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    return {str(site): rows for site, rows in table.groupby("site")}
 
 
 def _concat(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(list(tables), ignore_index=True)
 
 
+def _open(place: Place) -> io.BytesIO:
+    return io.BytesIO(place.read_bytes())
+
+
 def _join_scores(inputs: Inputs, sites: Sequence[str]) -> None:
     counts: Counts = {}
     for site in sites:
-        path = counts_file(inputs, site)
-        join_counts(counts, path, read_counts(path), [])
-    write_tables(ScoreTables.from_counts(counts), inputs.results / "scores")
+        with local_copy(counts_file(inputs, site)) as path:
+            join_counts(counts, path, read_counts(path), [])
+    with outgoing(inputs.results / "scores") as folder:
+        write_tables(ScoreTables.from_counts(counts), folder)
 
 
 def _join_exports(inputs: Inputs, sites: Sequence[str]) -> None:
@@ -88,10 +104,11 @@ def _join_exports(inputs: Inputs, sites: Sequence[str]) -> None:
     folder = inputs.results / "export"
     for kind in ("labels", "mapped"):
         files = [folder / site / f"footprints_{kind}.parquet" for site in sites]
-        tables = [gpd.read_parquet(path) for path in files if path.exists()]
+        tables = [gpd.read_parquet(_open(path)) for path in files if path.exists()]
         if tables:
             joined = pd.concat(tables, ignore_index=True)
-            export.write_footprints(joined, folder / f"footprints_{kind}.parquet")
+            with outgoing(folder / f"footprints_{kind}.parquet") as path:
+                export.write_footprints(joined, path)
     children = [
         {"rel": "child", "href": f"./{site}/collection.json", "title": site}
         for site in sites
@@ -107,7 +124,8 @@ def _join_exports(inputs: Inputs, sites: Sequence[str]) -> None:
         "description": f"Annual Sentinel-2 composites of {len(children)} mines.",
         "links": [{**link, "type": "application/json"} for link in links],
     }
-    write_json(folder / "catalog.json", catalog, "the catalogue")
+    with outgoing(folder / "catalog.json") as path:
+        write_json(path, catalog, "the catalogue")
 
 
 _JOINS: dict[str, Callable[[Inputs, Sequence[str]], None]] = {

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
-from minecube import cube, models
+from minecube import models
 from minecube.cube.views import model_digest
 from minecube.digests import sha256_of_json
 from minecube.jobs.catalogs import load_all_models
 from minecube.jobs.predict import MapOptions, map_site
 from minecube.jobs.runs.inputs import Inputs
+from minecube.places import Place
 
 
 @functools.lru_cache(maxsize=4)
-def _load_mapper(model: str, catalog: Path | None, device: str) -> models.Mapper:
+def _load_mapper(model: str, catalog: Place | None, device: str) -> models.Mapper:
     # One thread on a CPU: the last bits of a map depend on the number of threads.
     compute = models.Compute(device=device, workers=1)
     return models.Mapper(models.find_model(model, load_all_models(catalog)), compute)
@@ -33,13 +33,3 @@ def map_with_all(inputs: Inputs, site: str, *, replace_models: bool) -> None:
         is_other = stored is not None and stored != sha256_of_json(mapper.description)
         options = MapOptions(prediction=model.name, overwrite=replace_models and is_other)
         map_site(inputs.store, site, mapper, options)
-
-
-def list_sites_with_maps(store: cube.Store, sites: list[str], model: str) -> list[str]:
-    """Return the sites of which the model has mapped all committed years."""
-    mapped = []
-    for site in sites:
-        group = store.find_group(f"{site}/predictions/{model}")
-        if group is not None and group.attrs.get("done"):
-            mapped.append(site)
-    return mapped

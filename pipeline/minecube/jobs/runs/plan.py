@@ -68,11 +68,13 @@ class Plan:
         """Yield the unfinished units of each step of a site. Resume when they have ended."""
         failed: set[str] = set()
         committed: Commits | None = None
+        follows = False  # an earlier unit has succeeded
         for step in self.steps:
             if step in SITE_YEAR_STEPS:
                 committed = None  # read again after builds
                 if units := self._list_site_years(step, site):
                     yield units
+                    follows |= not all(map(self._has_failed, units))
                 continue
             if step == "tracks":
                 yield _WAIT_FOR_ALL
@@ -83,10 +85,16 @@ class Plan:
                 failed.add(step)
             elif is_finished(step, make_step(step, self.inputs, site, committed)):
                 self.summary.kept[step] += 1
+            elif not (follows or self._is_chosen(unit)):
+                failed.add(step)
             else:
                 yield [unit]
-                if not self.summary.results[unit].is_good:
+                follows |= not self._has_failed(unit)
+                if self._has_failed(unit):
                     failed.add(step)
+
+    def _is_chosen(self, unit: Unit) -> bool:
+        return self.options.chosen is None or unit in self.options.chosen
 
     def _list_site_years(self, step: str, site: str) -> list[Unit]:
         units = []
@@ -94,7 +102,7 @@ class Plan:
             unit = Unit(step, site, year)
             if self.options.shard and not self.options.shard.has(site, year):
                 continue
-            if self.options.chosen is not None and unit not in self.options.chosen:
+            if not self._is_chosen(unit):
                 continue
             if not self._is_unfinished(unit):
                 self.summary.kept[step] += 1
@@ -112,9 +120,14 @@ class Plan:
         if commit is None:
             return True
         reason = self.stale_check.explain(commit)
-        if reason and not self.options.overwrite:
-            self.summary.stale[unit] = reason
-        return bool(reason) and self.options.overwrite
+        if not reason:
+            return False
+        if self.options.overwrite and (
+            self.options.rebuild or self.stale_check.explain_inputs(commit)
+        ):
+            return True
+        self.summary.stale[unit] = reason
+        return False
 
     def _has_failed(self, unit: Unit) -> bool:
         result = self.summary.results.get(unit)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
@@ -29,6 +28,7 @@ from minecube.jobs.scene_lists import path_of_list
 from minecube.jobs.score import score_baselines, score_site
 from minecube.jobs.tables import write_json
 from minecube.jobs.tracks import SUFFIX, SmoothedSites, choose_rates, read_maps, smooth_site
+from minecube.places import Place, list_files, outgoing, place_of, time_of_change
 from minecube.tracks import Rates
 
 Commits = Mapping[int, Commit]
@@ -97,12 +97,11 @@ def finish_step(name: str, step: SiteStep, *, overwrite: bool) -> None:
 
 class _Audit(SiteStep):
     def describe_inputs(self) -> Any:
-        lists = {year: _time_of(self._list(year)) for year in self.inputs.dataset.years}
-        return {"recipe": self.inputs.job.recipe.id, "lists": lists}
-
-    def _list(self, year: int) -> Path:
         job = self.inputs.job
-        return path_of_list(self.inputs.sites[self.site], year, job.sources, job.snapshots)
+        site = self.inputs.sites[self.site]
+        years = self.inputs.dataset.years
+        lists = [path_of_list(site, year, job.sources, job.snapshots) for year in years]
+        return {"recipe": job.recipe.id, "lists": [time_of_change(place) for place in lists]}
 
     def work(self, *, overwrite: bool) -> None:
         del overwrite  # for maps
@@ -116,7 +115,7 @@ class _Audit(SiteStep):
     def identify_outputs(self) -> Any:
         return (self._folder() / f"{self.site}_years.parquet").exists()
 
-    def _folder(self) -> Path:
+    def _folder(self) -> Place:
         return self.inputs.results / "audit" / "sites"
 
 
@@ -133,7 +132,7 @@ class _Label(SiteStep):
         del overwrite  # for maps
         grid, years = cube.read_grid_and_years(self.inputs.store, self.site)
         polygons = load_polygons(self.source, tuple(self.inputs.sites))
-        drawing = draw_labels(polygons, self.site, grid, years, Path(self.source.file))
+        drawing = draw_labels(polygons, self.site, grid, years, place_of(self.source.file))
         drawing.write(self.inputs.store)
 
     def identify_outputs(self) -> Any:
@@ -179,18 +178,19 @@ class _Tracks(SiteStep):
             maps = read_maps(self.inputs.store, [self.site], model.name)
             smoothed = SmoothedSites(model.name, maps, Rates(**note["outputs"]))
             folder = self._folder(model.name)
-            areas, summary = smooth_site(self.inputs.store, smoothed, self.site, folder.parent)
-            export.write_table(areas, folder / "areas.csv")
-            export.write_table(pd.DataFrame([summary]), folder / "summary.csv")
+            with outgoing(folder) as local:
+                areas, summary = smooth_site(self.inputs.store, smoothed, self.site, local.parent)
+                export.write_table(areas, local / "areas.csv")
+                export.write_table(pd.DataFrame([summary]), local / "summary.csv")
 
     def identify_outputs(self) -> Any:
         names = [model.name for model in self.inputs.dataset.models]
         return {
-            name: [self.seal(f"predictions/{name}{SUFFIX}"), _list_files(self._folder(name))]
+            name: [self.seal(f"predictions/{name}{SUFFIX}"), list_files(self._folder(name))]
             for name in names
         }
 
-    def _folder(self, model: str) -> Path:
+    def _folder(self, model: str) -> Place:
         return self.inputs.results / "tracks" / model / "sites" / self.site
 
 
@@ -231,13 +231,14 @@ class _Score(SiteStep):
         if self.settings.baselines:
             counts |= score_baselines(store, self.site)
         content = {name: {self.site: score.to_json()} for name, score in counts.items()}
-        write_json(counts_file(self.inputs, self.site), content, "the counts")
+        with outgoing(counts_file(self.inputs, self.site)) as path:
+            write_json(path, content, "the counts")
 
     def identify_outputs(self) -> Any:
         return counts_file(self.inputs, self.site).exists()
 
 
-def counts_file(inputs: Inputs, site: str) -> Path:
+def counts_file(inputs: Inputs, site: str) -> Place:
     """Return the file with a site's counts, as `score --join` reads it."""
     return inputs.results / "scores" / "sites" / f"{site}.json"
 
@@ -259,12 +260,13 @@ class _Export(SiteStep):
     def work(self, *, overwrite: bool) -> None:
         del overwrite  # for maps
         options = ExportOptions(**asdict(self.settings))
-        export_sites(self.inputs.store, [self.site], self._folder(), options)
+        with outgoing(self._folder()) as folder:
+            export_sites(self.inputs.store, [self.site], folder, options)
 
     def identify_outputs(self) -> Any:
-        return _list_files(self._folder())
+        return list_files(self._folder())
 
-    def _folder(self) -> Path:
+    def _folder(self) -> Place:
         return self.inputs.results / "export" / self.site
 
 
@@ -278,25 +280,13 @@ _CLASSES: Mapping[str, type[SiteStep]] = {
 }
 
 
-def _time_of(path: Path) -> int | None:
-    """Return the time of the last change of a file; None for a missing file."""
+def _write_parquet(table: pd.DataFrame, place: Place) -> None:
     try:
-        return path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
-
-
-def _list_files(folder: Path) -> list[str]:
-    """List the files below a folder, relative to it."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _write_parquet(table: pd.DataFrame, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as draft:
-            table.to_parquet(draft, index=False)
+        with outgoing(place) as path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as draft:
+                table.to_parquet(draft, index=False)
     except OSError as error:
         raise CubeError(
-            f"{path}: cannot be written ({error.strerror or error}); choose other `results`"
+            f"{place}: cannot be written ({error.strerror or error}); choose other `results`"
         ) from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
-from pathlib import Path
 
 from minecube import cube
-from minecube.catalog import as_dict
+from minecube.catalog import Recipe, Site, Source, as_dict, format_years
 from minecube.cube.provenance import untitled
 from minecube.cube.read.summaries import Commit
 from minecube.errors import SceneError
@@ -15,13 +15,21 @@ from minecube.grid import grid_of
 from minecube.jobs.build import choose_scenes
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.scene_lists import load_or_search, path_of_list
+from minecube.places import Place, time_of_change
+from minecube.scenes import SearchResult, has_images
 
 
 class StaleCheck:
-    """Compares commits with what a run would build now."""
+    """Compares commits with what a run would build now.
 
-    def __init__(self, inputs: Inputs) -> None:
+    `searched` has scenes of site-years whose lists are not saved.
+    """
+
+    def __init__(
+        self, inputs: Inputs, searched: Mapping[tuple[str, int], SearchResult] | None = None
+    ) -> None:
         self._inputs = inputs
+        self._searched = searched or {}
         self._version = metadata.version("minecube")
         self._recipe = untitled(as_dict(inputs.job.recipe))
         self._known_recipe: object = None  # most commits share one object
@@ -31,46 +39,66 @@ class StaleCheck:
 
         A scene list is read only if it changed after the commit.
         """
-        if commit.version != self._version:
+        reason = self.explain_inputs(commit)
+        if not reason and commit.version != self._version:
             return f"built by minecube {commit.version}"
+        return reason
+
+    def explain_inputs(self, commit: Commit) -> str:
+        """Say which other inputs a site-year has, whatever version of minecube built it."""
         if commit.recipe is not self._known_recipe:
             if untitled(commit.recipe) != self._recipe:
                 return f"built with another recipe {commit.recipe['id']}"
             self._known_recipe = commit.recipe
-        if self._has_other_scenes(commit):
-            return "the scene list has changed"
+        changed = self._list_changed_lists(commit)
+        if changed and self._has_other_scenes(commit):
+            return f"the scene list of {format_years(changed)} has changed"
         return ""
+
+    def _list_changed_lists(self, commit: Commit) -> list[int]:
+        """List the years whose scene lists are newer than a commit that has read them."""
+        if commit.site not in self._inputs.sites:
+            return []
+        committed = datetime.fromisoformat(commit.committed).timestamp()
+        return [
+            year
+            for year in list_read_years(self._inputs.job.recipe, [commit.year])
+            if (commit.site, year) in self._searched
+            or _changed_after(list_path(self._inputs, commit.site, year), committed)
+        ]
+
+    def _find(
+        self, site: Site, year: int, sources: Sequence[Source], folder: Place
+    ) -> SearchResult:
+        found = self._searched.get((site.id, year))
+        return found or load_or_search(site, year, sources, folder)
 
     def _has_other_scenes(self, commit: Commit) -> bool:
         inputs = self._inputs
-        site = inputs.sites.get(commit.site)
-        if site is None:
-            return False
-        committed = datetime.fromisoformat(commit.committed).timestamp()
-        years = [commit.year]
-        if "neighbour-year" in inputs.job.recipe.fallback:
-            years += [commit.year - 1, commit.year + 1]
-        if not any(
-            _changed_after(list_path(inputs, commit.site, year), committed) for year in years
-        ):
-            return False
+        site = inputs.sites[commit.site]
         try:
-            _, candidates = choose_scenes(inputs.job, site, commit.year, load_or_search)
+            _, candidates = choose_scenes(inputs.job, site, commit.year, self._find)
         except SceneError:
             return False  # reported when the list is used
         provenance = cube.describe_build(
             site, commit.year, grid_of(site), inputs.job.recipe, candidates
         )
-        return cube.hash_build(provenance) != commit.build
+        return cube.hash_build({**provenance, "version": commit.version}) != commit.build
 
 
-def list_path(inputs: Inputs, site: str, year: int) -> Path:
-    """Return the path of a site-year's scene list."""
+def list_read_years(recipe: Recipe, years: Iterable[int]) -> list[int]:
+    """List the years whose scene lists are read for the composites of some years."""
+    read = set(years)
+    if "neighbour-year" in recipe.fallback:
+        read |= {year + step for year in read for step in (-1, 1)}
+    return sorted(filter(has_images, read))
+
+
+def list_path(inputs: Inputs, site: str, year: int) -> Place:
+    """Return the place of a site-year's scene list."""
     return path_of_list(inputs.sites[site], year, inputs.job.sources, inputs.job.snapshots)
 
 
-def _changed_after(path: Path, time: float) -> bool:
-    try:
-        return path.stat().st_mtime > time
-    except FileNotFoundError:
-        return False
+def _changed_after(place: Place, time: float) -> bool:
+    changed = time_of_change(place)
+    return changed is not None and changed > time

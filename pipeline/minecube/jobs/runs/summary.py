@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from minecube.jobs.runs.units import Shard, Unit
 from minecube.jobs.runs.worker import Result
+
+Progress = Callable[[Unit, Result, int], None]
+"""Called with a unit that ends, its result, and the number of all units."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +26,14 @@ class RunOptions:
     shard: Shard | None = None
     """Part of all units, for runs without a coordinator. Tables of all sites are then not made."""
     overwrite: bool = False
-    """Whether to build stale site-years again, and to replace maps of other models."""
+    """Whether to build site-years of other inputs again, and to replace maps of other models."""
+    rebuild: bool = False
+    """With `overwrite`: whether to build site-years of other versions of minecube again, too."""
     fractions: Mapping[Unit, float] = field(default_factory=dict)
     """Share of the usual memory of a block, for units that lacked memory."""
     chosen: frozenset[Unit] | None = None
-    """Units of site-years to run; None: all unfinished ones."""
+    """Units to run; None: all unfinished ones. Steps of a site also run if they come after a chosen
+    unit that succeeds."""
 
 
 @dataclass

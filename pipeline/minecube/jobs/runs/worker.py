@@ -74,8 +74,7 @@ def run_unit(dataset: Dataset, unit: Unit, limits: Limits, attempt: int) -> Resu
 def _work_and_log(
     inputs: Inputs, unit: Unit, limits: Limits, log: EventLog, attempt: int
 ) -> Result:
-    common = {**asdict(unit), "attempt": attempt}
-    log.write({"event": "start", **common})
+    log.write({"event": "start", **asdict(unit), "attempt": attempt})
     with contextlib.suppress(OSError):
         _PEAK.write_text("5")  # resets the peak
     start = time.monotonic()
@@ -86,9 +85,16 @@ def _work_and_log(
         "seconds": round(time.monotonic() - start, 3),
         "peak_mb": _read_peak_mb(),
     }
+    ended = Result(**measured)
+    log_end(log, unit, attempt, ended)
+    return ended
+
+
+def log_end(log: EventLog, unit: Unit, attempt: int, result: Result) -> None:
+    """Log the end of an attempt. Raises CubeError if the log cannot be written."""
     version = metadata.version("minecube")
-    log.write({"event": "end", **common, **measured, "version": version})
-    return Result(**measured)
+    end = {**asdict(unit), "attempt": attempt, **asdict(result), "version": version}
+    log.write({"event": "end", **end})
 
 
 def _work(inputs: Inputs, unit: Unit, limits: Limits) -> Result:

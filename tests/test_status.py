@@ -1,0 +1,186 @@
+"""`minecube status`: from markers and event logs alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import geopandas as gpd
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+
+from known_scenes import site_of
+from known_stores import RECIPE, year_of
+from minecube import cube
+from minecube.catalog import load_dataset
+from minecube.cli import cli
+from minecube.cube.events import DEAD_S, EventLog, read_events
+from minecube.grid import grid_of
+from minecube.jobs.status import read_status, read_store_status
+
+YEARS = (2019, 2020, 2021)
+
+
+def commit(store, site, year, lost=0, version=None):
+    """Commit a site-year, with lost reads or by another version."""
+    grid = grid_of(site)
+    cube.create_site(store, site, grid, YEARS, RECIPE)
+    provenance = cube.describe_build(site, year, grid, RECIPE, [])
+    provenance["version"] = version or provenance["version"]
+    if lost:
+        provenance["reads"] = {"planned": 100, "lost": lost, "completeness": 1 - lost / 100}
+    cube.write_year(store, year_of(grid, 0), provenance, b"scene list")
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two sites of 48 x 48 px; nothing is built."""
+    sites = [
+        site_of(name, 360000 + at, 5600040, 48, 48) for name, at in (("pit", 0), ("pond", 3000))
+    ]
+    frame = gpd.GeoDataFrame(
+        {"id": [s.id for s in sites], "margin": [0, 0]},
+        geometry=[s.geometry for s in sites],
+        crs=4326,
+    )
+    frame.to_file(tmp_path / "sites.geojson")
+    path = tmp_path / "dataset.yaml"
+    path.write_text(
+        "id: two\nsites: sites.geojson\nyears: 2019-2021\nsources: [earth-search]\n"
+        "store: cubes.zarr\nprices: prices.yaml\n"
+    )
+    (tmp_path / "prices.yaml").write_text("per_gb: 0.5\nper_1000_requests: 2.0\n")
+    return path, cube.Store(tmp_path / "cubes.zarr"), sites
+
+
+def event(site, year, kind="end", step="build", **more):
+    return {"event": kind, "step": step, "site": site, "year": year, "attempt": 1, **more}
+
+
+def states_of(status):
+    return {f"{site} {year}": state for (site, year), state in status.site_years["state"].items()}
+
+
+def test_without_any_run(dataset):
+    path, _, _ = dataset
+    status = read_status(load_dataset(path))
+    assert set(states_of(status).values()) == {"to do"}
+    assert status.left is None
+
+
+def test_each_state(dataset):
+    path, store, (pit, _) = dataset
+    commit(store, pit, 2019)
+    commit(store, pit, 2020, lost=3)
+    commit(store, pit, 2021, version="0.0.9")
+    dead = EventLog(store)
+    dead.write(event("pond", 2019, "start"))
+    old = time.time() - DEAD_S - 5
+    os.utime(store.path / ".runs" / "events" / f"{dead.worker}.jsonl", (old, old))
+    log = EventLog(store)
+    log.write(event("pond", 2020, "start"))
+    log.write(event("pond", 2020, state="failed", error_class="data", message="no scene"))
+    log.write(event("pond", 2021, "start"))
+    status = read_status(load_dataset(path))
+    assert states_of(status) == {
+        "pit 2019": "done",
+        "pit 2020": "gaps",
+        "pit 2021": "stale",
+        "pond 2019": "interrupted",
+        "pond 2020": "failed",
+        "pond 2021": "running",
+    }
+    table = status.site_years
+    assert table.loc[("pit", 2020), "why"] == "3 reads were lost"
+    assert table.loc[("pit", 2021), "why"] == "built by minecube 0.0.9"
+    assert table.loc[("pond", 2020), "why"] == "no scene"
+    assert table.loc[("pond", 2020), "error_class"] == "data"
+    assert status.km2 == pytest.approx(3 * 0.48 * 0.48)  # three years of 48 x 48 pixels of 10 m
+
+
+def test_sums_and_cost_count_every_attempt(dataset):
+    path, store, (pit, _) = dataset
+    log = EventLog(store)
+    for state in ("failed", "done"):
+        log.write(event("pit", 2019, "start"))
+        log.write(event("pit", 2019, state=state, seconds=10, bytes=5e8, requests=1500))
+    commit(store, pit, 2019)
+    status = read_status(load_dataset(path))
+    assert status.spent == {"seconds": 20, "mb": 1000, "requests": 3000}
+    assert status.cost == pytest.approx(0.5 * 1 + 2.0 * 3)
+    assert status.site_years.loc[("pit", 2019), "attempts"] == 2
+
+
+def test_a_failed_rebuild_leaves_the_old_year_done(dataset):
+    path, store, (pit, _) = dataset
+    commit(store, pit, 2019)
+    log = EventLog(store)
+    log.write(event("pit", 2019, state="failed", error_class="network", message="no answer"))
+    row = read_status(load_dataset(path)).site_years.loc[("pit", 2019)]
+    assert (row["state"], row["why"]) == ("done", "no answer")
+
+
+def test_a_store_without_dataset_and_run(dataset):
+    _, store, (pit, _) = dataset
+    commit(store, pit, 2020)
+    assert states_of(read_store_status(store)) == {"pit 2020": "done"}
+
+
+def test_a_map_that_other_tools_open(dataset, tmp_path):
+    path, store, (pit, _) = dataset
+    commit(store, pit, 2019)
+    out = tmp_path / "states.parquet"
+    result = CliRunner().invoke(
+        cli, ["status", str(path), "--format", "parquet", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    table = gpd.read_parquet(out)
+    assert len(table) == 6
+    assert table.crs.to_epsg() == 4326
+    row = table[(table["site"] == "pit") & (table["year"] == 2019)].iloc[0]
+    assert row["state"] == "done"
+    assert row.geometry.equals(pit.geometry)
+    assert {"why", "attempts", "seconds", "mb", "lost", "version"} <= set(table.columns)
+
+
+def test_formats_agree(dataset):
+    path, store, (pit, _) = dataset
+    commit(store, pit, 2019)
+    outputs = {}
+    for form in ("csv", "json", "table"):
+        result = CliRunner().invoke(cli, ["status", str(path), "--format", form])
+        assert result.exit_code == 0, result.output
+        outputs[form] = result.stdout
+    rows = [json.loads(line) for line in outputs["json"].splitlines()]
+    assert [row["state"] for row in rows] == ["done"] + ["to do"] * 5
+    assert outputs["csv"].count("to do") == 5
+    assert "6 site-years: 1 done, 5 to do" in outputs["table"]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ([], "expected either DATASET"),
+        (["{dataset}", "--store", "x"], "expected either DATASET"),
+        (["{dataset}", "--format", "parquet"], "expected --out"),
+        (["{dataset}", "--watch"], "needs a terminal"),
+        (["missing.yaml"], "cannot be read as a dataset"),
+        (["--store", "missing.zarr"], "there is no store"),
+    ],
+)
+def test_bad_use(dataset, words, found):
+    path, _, _ = dataset
+    result = CliRunner().invoke(cli, ["status", *[w.format(dataset=path) for w in words]])
+    assert result.exit_code == 2
+    assert found in result.stderr
+
+
+def test_status_of_an_object_store(bucket, tmp_path):
+    store = cube.Store(f"{bucket}/cubes.zarr")
+    pit = site_of("pit", 360000, 5600040, 48, 48)
+    commit(store, pit, 2019)
+    EventLog(store).write(event("pit", 2020, "start"))
+    assert states_of(read_store_status(store)) == {"pit 2019": "done", "pit 2020": "running"}
+    assert isinstance(read_events(store).table, pd.DataFrame)
