@@ -19,16 +19,21 @@ test: $(VENV)/installed services
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-# Postgres with PostGIS, for the tests that start a real STAC API. Debian would start a server of its own at installation;
-# the setting in CLUSTERS prevents this.
+# Postgres with PostGIS for a real STAC API, and a SLURM of one node: tests start both. Debian would start a Postgres of its own at
+# installation; the setting in CLUSTERS prevents this.
 CLUSTERS := /etc/postgresql-common/createcluster.conf
+INSTALL := DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
+MAY_INSTALL := [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null
 services: $(VENV)/installed
-	@if ! $(BIN)/python tests/pgstac_server.py 2>/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  install="apt-get install -y -qq --no-install-recommends"; export DEBIAN_FRONTEND=noninteractive; apt-get update -qq && \
-	  { [ -e $(CLUSTERS) ] || { $$install postgresql-common && sed -i 's/^#* *\(create_main_cluster\).*/\1 = false/' $(CLUSTERS); }; } && \
-	  $$install postgresql-postgis; \
+	@if ! $(BIN)/python tests/pgstac_server.py 2>/dev/null && $(MAY_INSTALL); then apt-get update -qq && \
+	  { [ -e $(CLUSTERS) ] || { $(INSTALL) postgresql-common && sed -i 's/^#* *\(create_main_cluster\).*/\1 = false/' $(CLUSTERS); }; } && \
+	  $(INSTALL) postgresql-postgis; \
+	fi
+	@if ! $(BIN)/python tests/slurm_server.py 2>/dev/null && $(MAY_INSTALL); then apt-get update -qq && \
+	  $(INSTALL) slurm-wlm slurmctld slurmd slurm-client munge; \
 	fi
 	@$(BIN)/python tests/pgstac_server.py || true
+	@$(BIN)/python tests/slurm_server.py || true
 
 # The main job on real products, from the folder that MINECUBE_REAL_DATA names (CONTRIBUTING.md).
 real: $(VENV)/installed

@@ -8,7 +8,8 @@ finished.py   notes on finished steps           joins.py     results of all site
 states.py     stale site-years                  history.py   attempts, from the event logs
 summary.py    options and outcome of a run      retry.py      failed units again: `retry`
 notify.py     summaries to a command or hook    update.py     new years, sites, scenes: `update`
-publishing.py a finished dataset as a version
+publishing.py a finished dataset as a version   dask_workers.py   workers of a Dask scheduler
+deployments.py    SLURM jobs and pods as workers
 """
 
 from minecube.jobs.runs.driver import run

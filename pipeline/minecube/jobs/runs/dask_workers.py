@@ -147,7 +147,8 @@ class DaskWorkers:
         self._starts[unit] += change
 
     def _watch(self) -> None:
-        while not self._closed.wait(_WATCH_S):
+        # A list of a thousand workers has megabytes.
+        while not self._closed.wait(max(_WATCH_S, self.workers / 50)):
             with suppress(*_GONE):
                 self._look()
             self._give_up()
@@ -282,6 +283,8 @@ def _check_version(client: Any, cluster: Cluster) -> None:
     probe = client.submit(_read_version, pure=False)
     try:
         their_version = probe.result(timeout=_PROBE_S)
+    except CancelledError as error:
+        raise WorkerError(describe_failure(error)) from error
     except Exception as error:
         raise CatalogError(
             f"engine {cluster.id}: its workers cannot run minecube ({one_line(error)}); "
