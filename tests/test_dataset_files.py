@@ -79,7 +79,6 @@ def test_names_of_the_catalogue_stay_names(tmp_path: Path) -> None:
         (MINIMAL + MODELS + "score: {}\n", 9, "`labels`"),
         (MINIMAL + "export: {formats: [jpeg]}\n", 6, "cog, netcdf"),
         # Contradictions between keys
-        (MINIMAL + "engine: tcp://host:8786\nworkers: 2\n", 7, "no number with engine"),
         (MINIMAL + MODELS + "export: {model: other}\n", 9, "found 'other'"),
         (MINIMAL + MODELS + "export: {model: unet+hmm}\n", 9, "found 'unet+hmm'"),
         (MINIMAL + MODELS + "  - {file: b.pt, name: unet}\n", 6, "names that differ"),

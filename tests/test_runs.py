@@ -284,7 +284,7 @@ def test_a_changed_list_of_scenes_makes_a_site_year_stale(copied: Path, run_worl
     dataset = dataset_in(copied, run_world, catalog=str(world))
     before = cube.read_markers(cube.Store(dataset.store), "pit")[2020]
     summary = run(dataset)
-    assert summary.stale == {Unit("build", "pit", 2020): "the scene list has changed"}
+    assert summary.stale == {Unit("build", "pit", 2020): "the scene list of 2020 has changed"}
     assert set(summary.results) == {Unit("search", "pit", 2020), Unit("audit", "pit")}
     assert cube.read_markers(cube.Store(dataset.store), "pit")[2020] == before
     summary = run(dataset, RunOptions(overwrite=True, only=("build", "predict")))
