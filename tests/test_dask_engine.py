@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import dask
 import pytest
@@ -155,6 +159,38 @@ def test_a_worker_that_retires_leaves_no_second_writer(world, plain, cluster, tm
 async def end_lifetime(dask_worker):
     """Do what a worker does at the end of its lifetime."""
     await dask_worker.close_gracefully(restart=True)
+
+
+def start_process(name, *options):
+    command = [sys.executable, "-m", f"distributed.cli.dask_{name}", "--host", "127.0.0.1"]
+    return subprocess.Popen([*command, *map(str, options)], stderr=subprocess.DEVNULL)
+
+
+def test_a_scheduler_that_is_killed_ends_the_run(world, tmp_path):
+    address = tmp_path / "scheduler.json"
+    known = ("--scheduler-file", address, "--no-dashboard")
+    killed = start_process("scheduler", "--port", 0, *known)
+    worker = start_process("worker", "--nthreads", 1, *known)
+    try:
+        wait_for(lambda: address.exists() and address.read_text().endswith("}"))
+        engine = json.loads(address.read_text())["address"]
+        path = write_dataset(world, tmp_path / "mines", engine=engine)
+
+        def kill():
+            wait_for(lambda: begun_builds(path))
+            killed.kill()
+
+        with blocked_builds(path), ThreadPoolExecutor(1) as pool:
+            pool.submit(kill)
+            _, err = run_here("run", path, ok=1)
+    finally:
+        for process in (killed, worker):
+            process.kill()
+            process.wait()
+    assert err.endswith(
+        "error: the Dask scheduler is gone; committed site-years are safe, "
+        "so start it and run the same command again\n"
+    )
 
 
 @pytest.mark.slow

@@ -155,7 +155,8 @@ class DaskWorkers:
 
     def _look(self) -> None:
         """See which workers there are."""
-        joined = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        state = self.client.scheduler_info(n_workers=-1)
+        joined = state.get("workers", {}).values()  # a closed client has none
         self._resources = [worker["resources"] for worker in joined]
         if joined:
             self._last_seen = time.monotonic()
