@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import dask
 import pytest
@@ -157,11 +161,43 @@ async def end_lifetime(dask_worker):
     await dask_worker.close_gracefully(restart=True)
 
 
+def start_process(name, *options):
+    command = [sys.executable, "-m", f"distributed.cli.dask_{name}", "--host", "127.0.0.1"]
+    return subprocess.Popen([*command, *map(str, options)], stderr=subprocess.DEVNULL)
+
+
+def test_a_scheduler_that_is_killed_ends_the_run(world, tmp_path):
+    address = tmp_path / "scheduler.json"
+    known = ("--scheduler-file", address, "--no-dashboard")
+    killed = start_process("scheduler", "--port", 0, *known)
+    worker = start_process("worker", "--nthreads", 1, *known)
+    try:
+        wait_for(lambda: address.exists() and address.read_text().endswith("}"))
+        engine = json.loads(address.read_text())["address"]
+        path = write_dataset(world, tmp_path / "mines", engine=engine)
+
+        def kill():
+            wait_for(lambda: begun_builds(path))
+            killed.kill()
+
+        with blocked_builds(path), ThreadPoolExecutor(1) as pool:
+            pool.submit(kill)
+            _, err = run_here("run", path, ok=1)
+    finally:
+        for process in (killed, worker):
+            process.kill()
+            process.wait()
+    assert err.endswith(
+        "error: the Dask scheduler is gone; committed site-years are safe, "
+        "so start it and run the same command again\n"
+    )
+
+
 @pytest.mark.slow
 def test_workers_that_always_end_fail_the_unit(world, tmp_path):
     """Dask alone would start it again for ever. Then all workers leave."""
     with start_scheduler(workers=1, allowed_failures=100) as cluster:
-        entry = {"title": "Leaving", "kind": "dask", "wait_minutes": 0.1}
+        entry = {"title": "Leaving", "kind": "dask", "wait_minutes": 1}
         entry["address"] = cluster.scheduler_address
         path = write_dataset(world, tmp_path, {"leaving": entry}, engine="leaving", years="2020")
         with blocked_builds(path):
@@ -179,4 +215,4 @@ def test_workers_that_always_end_fail_the_unit(world, tmp_path):
                 wait_for(lambda: set(begun_builds(path)) - set(killed))
                 cluster.scale(0)
     (failure,) = summaries[0].failures.values()
-    assert failure.message.startswith("engine leaving: no worker for 0.1 minutes")
+    assert failure.message.startswith("engine leaving: no worker for 1 minutes")

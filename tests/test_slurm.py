@@ -64,7 +64,7 @@ def call(command, env, cwd, ok=0):
 
 
 def wait_for(condition):
-    until = time.monotonic() + 200
+    until = time.monotonic() + 400
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.5)
@@ -121,7 +121,9 @@ def test_a_task_at_its_time_limit_requeues_only_itself(world, slurm, tmp_path):
     with blocked_builds(path) as release:
         first, *_ = submit(path, slurm, 2)
         wait_for(lambda: begun_builds(path))
-        (task,) = slurm_server.ask(["squeue", "-h", "-t", "R", "-o", "%K"], slurm).split()
+        running = ["squeue", "-h", "-t", "R", "-o", "%K"]
+        wait_for(lambda: slurm_server.ask(running, slurm).isdigit())
+        task = slurm_server.ask(running, slurm)
         call(["scancel", "--batch", "--signal=USR1", f"{first}_{task}"], slurm, tmp_path)
         wait_for(lambda: read_restarts(slurm, first))
         assert read_restarts(slurm, first) == {task}

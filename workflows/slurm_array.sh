@@ -46,7 +46,7 @@ resume() { # two minutes before the time limit: finished steps are safe, and the
   wait "$running" || true
   echo "the time limit is near: requeue $this_job"
   scontrol requeue "$this_job"
-  exit 0
+  sleep 300 # until SLURM ends this script. An exit could count as the end of the requeued task
 }
 trap resume USR1
 wait "$running"

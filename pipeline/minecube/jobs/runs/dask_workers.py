@@ -41,7 +41,7 @@ _WATCH_S = 1.0
 """Seconds between two looks at the workers."""
 _MOST_STARTS = 5
 """Starts of a unit without an end, after which it has failed. Dask gives up at the fourth death."""
-_PROBE_S = 60
+_PROBE_S = 300
 """Longest time in seconds to import minecube on a worker."""
 _CLOSED = ("closed", "closing", "newly-created")
 _GONE = (CancelledError, OSError, TimeoutError, RuntimeError)
@@ -155,7 +155,8 @@ class DaskWorkers:
 
     def _look(self) -> None:
         """See which workers there are."""
-        joined = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        state = self.client.scheduler_info(n_workers=-1)
+        joined = state.get("workers", {}).values()  # a closed client has none
         self._resources = [worker["resources"] for worker in joined]
         if joined:
             self._last_seen = time.monotonic()
