@@ -130,6 +130,22 @@ def test_a_second_run_starts_no_worker_and_writes_nothing(copied: Path) -> None:
     assert hash_tree(copied) == before
 
 
+def test_a_finished_dataset_is_finished_in_an_object_store_too(
+    copied: Path, run_world: Path, bucket: str
+) -> None:
+    """The state of sites is read in threads there. No worker starts."""
+    url = f"{bucket}/cubes.zarr"
+    objects = cube.Store(url).client()
+    for path in (copied / "cubes.zarr").rglob("*"):
+        if path.is_file():
+            objects.put(str(path.relative_to(copied / "cubes.zarr")), path.read_bytes())
+    scenes = str(copied / "cubes.zarr-scenes")
+    dataset = dataset_in(copied, run_world, store=url, scenes=scenes)
+    summary = run(dataset)
+    assert summary.results == {}
+    assert dict(summary.kept) == {step: 4 if step in ("search", "build") else 2 for step in STEPS}
+
+
 def test_a_dry_run_counts_and_writes_nothing(copied: Path, run_world: Path, tmp_path: Path) -> None:
     before = hash_tree(copied)
     done = CliRunner().invoke(cli, ["run", str(copied / "dataset.yaml"), "--dry-run"])

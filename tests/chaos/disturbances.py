@@ -35,7 +35,8 @@ def kill_workers(trial: Trial, rng: random.Random) -> int:
 
 def _kill_workers_of(trial: Trial, run: Run, rng: random.Random) -> int:
     kills = 0
-    for count in sorted(rng.sample(range(1, 2 * trial.units), 4)):
+    # A unit whose workers die three times has failed, so kills are three events apart.
+    for count in sorted(rng.sample(range(1, 2 * trial.units, 3), 6)):
         if not trial.place.wait_for_events(count, run):
             break
         time.sleep(rng.uniform(0, 0.1))

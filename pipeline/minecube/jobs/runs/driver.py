@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -30,6 +30,8 @@ _BUSY_S = 2.0
 """Seconds until a unit is tried again on which another run works."""
 _MOST_DEATHS = 3
 """Deaths of workers after which their unit has failed."""
+_READERS = 32
+"""Sites whose state is read at the same time from an object store."""
 
 
 def run(
@@ -95,10 +97,14 @@ def check_store(inputs: Inputs, sites: Iterable[str]) -> None:
 
     Sites without a polygon are left to their own failure.
     """
-    for name in sites:
+
+    def check(name: str) -> None:
         site = inputs.sites[name]
         if site.geometry is not None:
             cube.check_site(inputs.store, site, grid_of(site), inputs.job.recipe)
+
+    with ThreadPoolExecutor(1 if inputs.store.path else _READERS) as pool:
+        list(pool.map(check, sites))  # raises the first error
 
 
 @dataclass
@@ -108,6 +114,10 @@ class _Chain:
     steps: Iterator[list[Unit] | Barrier]
     open: int = 0
     """Units in work."""
+
+
+def _find_next(chain: _Chain) -> list[Unit] | Barrier | None:
+    return next(chain.steps, None)
 
 
 @dataclass
@@ -153,16 +163,27 @@ class _Driver:
             self._again.remove(work)
             self._submit(self._engine or start_engine(), work)
         while self._ready and not self._has_enough():
-            chain = self._ready.popleft()
-            units = next(chain.steps, None)
-            if isinstance(units, Barrier):
-                self._parked.append(chain)
-            elif units:
-                engine = self._engine or start_engine()
-                self._engine = engine
-                chain.open = len(units)
-                for unit in units:
-                    self._submit(engine, _Work(unit, chain))
+            for chain, units in self._find_units():
+                if isinstance(units, Barrier):
+                    self._parked.append(chain)
+                elif units:
+                    engine = self._engine or start_engine()
+                    self._engine = engine
+                    chain.open = len(units)
+                    for unit in units:
+                        self._submit(engine, _Work(unit, chain))
+
+    def _find_units(self) -> list[tuple[_Chain, list[Unit] | Barrier | None]]:
+        """Find the next unfinished units of ready sites; None for sites at their end.
+
+        In a folder, this is fast. An object store takes dozens of requests per site, so the
+        requests of several sites overlap.
+        """
+        is_remote = self._plan.inputs.store.path is None
+        count = min(_READERS, len(self._ready)) if is_remote else 1
+        chains = [self._ready.popleft() for _ in range(count)]
+        with ThreadPoolExecutor(count) as pool:
+            return list(zip(chains, pool.map(_find_next, chains), strict=True))
 
     def _has_enough(self) -> bool:
         return self._engine is not None and len(self._running) >= 3 * self._engine.workers

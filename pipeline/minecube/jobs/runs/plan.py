@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -33,6 +35,13 @@ class Barrier:
 
 
 _WAIT_FOR_ALL = Barrier()
+_COUNTING = threading.Lock()
+
+
+def _add(counts: Counter[str], step: str) -> None:
+    """Count a unit. Threads of the driver do so at the same time."""
+    with _COUNTING:
+        counts[step] += 1
 
 
 @dataclass
@@ -94,7 +103,7 @@ class Plan:
             if not self._may_start(unit, failed, committed):
                 failed.add(step)
             elif is_finished(step, make_step(step, self.inputs, site, committed)):
-                self.summary.kept[step] += 1
+                _add(self.summary.kept, step)
             elif not (follows or self._is_chosen(unit)):
                 failed.add(step)
             else:
@@ -115,9 +124,9 @@ class Plan:
             if not self._is_chosen(unit):
                 continue
             if not self._is_unfinished(unit):
-                self.summary.kept[step] += 1
+                _add(self.summary.kept, step)
             elif self._has_failed(Unit("search", site, year)):
-                self.summary.blocked[step] += 1
+                _add(self.summary.blocked, step)
             else:
                 units.append(unit)
         return units
@@ -150,13 +159,13 @@ class Plan:
             return False
         if unit.step != "audit":
             if shard and not self._are_all_tried(unit.site, committed):
-                self.summary.waiting[unit.step] += 1
+                _add(self.summary.waiting, unit.step)
                 return False
             if not committed:
-                self.summary.blocked[unit.step] += 1
+                _add(self.summary.blocked, unit.step)
                 return False
         if failed & set(NEEDS.get(unit.step, ())):
-            self.summary.blocked[unit.step] += 1
+            _add(self.summary.blocked, unit.step)
             return False
         return True
 
@@ -183,7 +192,7 @@ class Plan:
                     continue
                 committed = read_site_commits(self.inputs, site)
                 if committed and is_finished(step, make_step(step, self.inputs, site, committed)):
-                    self.summary.kept[step] += 1
+                    _add(self.summary.kept, step)
                 else:
                     unfinished += 1
             counts[step] = (unfinished, self.summary.kept[step] - kept)
