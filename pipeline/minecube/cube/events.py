@@ -64,6 +64,20 @@ SCHEMA = pa.schema(
     }
 )
 """Columns of events. Every line has some of them."""
+_REPEATED = (
+    "event",
+    "step",
+    "site",
+    "state",
+    "error_class",
+    "version",
+    "worker",
+    "machine",
+    "system",
+)
+_COMPACT = {name: pa.field(name, pa.dictionary(pa.int32(), _TEXT)) for name in _REPEATED} | {
+    "time": pa.field("time", pa.timestamp("ms", "UTC"))
+}
 
 
 def _now() -> str:
@@ -145,7 +159,7 @@ class Events:
     """All events of a store."""
 
     table: pd.DataFrame
-    """One row per event with the columns of `SCHEMA`, by time."""
+    """One row per event with the columns of `SCHEMA`, by time. Times have a time zone."""
     alive: frozenset[str]
     """Workers whose log changed within the last `DEAD_S` seconds."""
 
@@ -156,16 +170,23 @@ def read_events(store: Store) -> Events:
     Raises:
         CubeError: the logs cannot be read.
     """
-    contents: list[bytes] = []
+    tables: list[pa.Table] = [_compact(SCHEMA.empty_table())]
     alive = set()
     oldest = time.time() - DEAD_S
     with store.reading(_EVENTS):
         for name, changed, content in _iterate_logs(store):
-            contents.append(content)
+            tables.append(_compact(_parse(content)))
             if changed >= oldest:
                 alive.add(name)
-        table = _parse(b"\n".join(contents)).to_pandas()
+        table = pa.concat_tables(tables).unify_dictionaries().to_pandas(self_destruct=True)
+    table = table.astype(dict.fromkeys(("step", "site"), object))  # keys, which are looked up
     return Events(table.sort_values("time", kind="stable", ignore_index=True), frozenset(alive))
+
+
+def _compact(table: pa.Table) -> pa.Table:
+    """Encode columns of repeated text, and times: a tenth of the memory."""
+    fields = [_COMPACT.get(field.name, field) for field in table.schema]
+    return table.cast(pa.schema(fields))
 
 
 def _iterate_logs(store: Store) -> Iterator[tuple[str, float, bytes]]:

@@ -226,7 +226,7 @@ def _site_of(path: str) -> str:
 def _measure_rate(ends: pd.DataFrame) -> float:
     """Return the site-years built per hour, within the hour before the last one."""
     builds = ends[(ends["step"] == "build") & (ends["state"] != "failed")]
-    times = pd.to_datetime(builds["time"], format="ISO8601", utc=True)
+    times = builds["time"]
     if len(times) < 2:
         return 0.0
     recent = times[times >= times.max() - _RATE_WINDOW]

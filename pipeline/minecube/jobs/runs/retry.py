@@ -121,7 +121,7 @@ def _iterate_failures(plan: Plan, since: datetime | None) -> Iterator[Failure]:
     for unit, row in plan.history.failures():
         if unit.site not in sites or unit.year not in years or unit.step not in plan.steps:
             continue
-        failed = datetime.fromisoformat(row.last_time)
+        failed = row.last_time.to_pydatetime()
         if (since is None or failed >= since) and _is_unfinished(plan, unit, failed):
             yield _describe(plan, unit, row)
 
