@@ -231,7 +231,7 @@ def _measure_rate(ends: pd.DataFrame) -> float:
         return 0.0
     recent = times[times >= times.max() - _RATE_WINDOW]
     hours = (datetime.now(tz=UTC) - recent.min()).total_seconds() / 3600
-    return len(recent) / max(hours, 1e-9)
+    return float(len(recent) / max(hours, 1e-9))
 
 
 def _compute_cost(spent: Mapping[str, float], terms: Terms) -> float | None:
