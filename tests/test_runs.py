@@ -309,3 +309,40 @@ def test_a_changed_list_of_scenes_makes_a_site_year_stale(copied: Path, run_worl
     after = cube.read_markers(cube.Store(dataset.store), "pit")[2020]
     assert len(cube.list_used_scenes(before)) == 3
     assert len(cube.list_used_scenes(after)) == 2
+
+
+def test_all_results_are_joined_again_after_they_were_deleted(copied: Path) -> None:
+    before = hash_tree(copied / "results").keys()
+    shutil.rmtree(copied / "results")
+    assert run(load_dataset(copied / "dataset.yaml")).exit_code == 0
+    assert hash_tree(copied / "results").keys() == before
+
+
+def test_a_run_of_one_site_keeps_the_rates_of_all_sites(copied: Path) -> None:
+    note = copied / "cubes.zarr" / ".runs" / "steps" / "rates" / "net.json"
+    before = note.read_bytes()
+    shutil.rmtree(copied / "results" / "tracks" / "net" / "sites" / "pit")
+    dataset = load_dataset(copied / "dataset.yaml")
+    assert steps_tried(run(dataset, RunOptions(sites="pit"))) == {("tracks", "pit")}
+    assert note.read_bytes() == before
+    assert not run(dataset).results
+
+
+def test_a_damaged_marker_fails_its_site_and_no_other(copied: Path) -> None:
+    (copied / "cubes.zarr" / "pit" / "builds" / "2020" / "zarr.json").write_text("{")
+    shutil.rmtree(copied / "results" / "export" / "pond")
+    summary = run(load_dataset(copied / "dataset.yaml"))
+    assert {unit.site for unit in summary.failures} == {"pit"}
+    result = summary.failures[Unit("build", "pit", 2020)]
+    assert result.error_class == "data"
+    assert "marker of pit 2020 is damaged" in result.message
+    assert summary.results[Unit("export", "pond")].is_good
+    assert summary.exit_code == 1
+
+
+def test_an_export_leaves_no_file_of_an_earlier_one(copied: Path, run_world: Path) -> None:
+    folder = copied / "results" / "export" / "pit"
+    assert list(folder.rglob("*.tif"))
+    dataset = dataset_in(copied, run_world, export={"formats": ["netcdf"]})
+    assert run(dataset).exit_code == 0
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["pit.nc"]

@@ -53,11 +53,14 @@ class Commit:
 
 
 def read_commits(
-    store: Store, site_years: Iterable[tuple[str, int]]
+    store: Store,
+    site_years: Iterable[tuple[str, int]],
+    damaged: dict[tuple[str, int], CubeError] | None = None,
 ) -> dict[tuple[str, int], Commit]:
     """Read the markers of these site-years. Uncommitted site-years are missing from the result.
 
-    A year whose objects are being put in place is missing, too.
+    A year whose objects are being put in place is missing, too. `damaged` collects the errors of
+    damaged markers. Without it, the first one is raised.
 
     Raises:
         CubeError: a marker is damaged, or the store cannot be read.
@@ -65,7 +68,13 @@ def read_commits(
     recipes: dict[str, Any] = {}
     commits = {}
     for (site, year), content in _read_all(store, site_years):
-        commit = _parse(store, site, year, content, recipes)
+        try:
+            commit = _parse(store, site, year, content, recipes)
+        except CubeError as error:
+            if damaged is None:
+                raise
+            damaged[site, year] = error
+            continue
         if commit is not None:
             commits[site, year] = commit
     return commits

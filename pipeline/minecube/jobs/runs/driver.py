@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from minecube import cube, scenes
 from minecube.catalog import Dataset, format_years
-from minecube.errors import CatalogError, WorkerError
+from minecube.errors import CatalogError, CubeError, WorkerError
 from minecube.grid import grid_of
 from minecube.jobs.failures import classify, describe_failure
 from minecube.jobs.runs.engines import Engine, open_engine
@@ -93,18 +93,25 @@ def choose_years(dataset: Dataset, years: Sequence[int] | None) -> tuple[int, ..
 
 
 def check_store(inputs: Inputs, sites: Iterable[str]) -> None:
-    """Raise CubeError if the store has one of these sites on another grid, or by another recipe.
+    """Raise CubeError if the store is of another dataset: all its sites have another grid or recipe.
 
-    Sites without a polygon are left to their own failure.
+    A site that alone does not fit, or has no polygon, is left to its own failure.
     """
 
-    def check(name: str) -> None:
+    def check(name: str) -> CubeError | bool:
         site = inputs.sites[name]
-        if site.geometry is not None:
-            cube.check_site(inputs.store, site, grid_of(site), inputs.job.recipe)
+        if site.geometry is None:
+            return False
+        try:
+            return cube.check_site(inputs.store, site, grid_of(site), inputs.job.recipe)
+        except CubeError as error:
+            return error
 
     with ThreadPoolExecutor(1 if inputs.store.path else _READERS) as pool:
-        list(pool.map(check, sites))  # raises the first error
+        found = list(pool.map(check, sites))
+    errors = [error for error in found if isinstance(error, CubeError)]
+    if errors and not any(fits is True for fits in found):
+        raise errors[0]
 
 
 @dataclass

@@ -45,8 +45,18 @@ def note_finished(store: Store, step: str, name: str, inputs: str, outputs: Any)
                 draft.write_bytes(content)
 
 
-def list_finished(store: Store, step: str, names: Iterable[str]) -> dict[str, str]:
-    """Return the hashes of the inputs of finished steps, by name. Others are left out.
+def forget_finished(store: Store, step: str, name: str) -> None:
+    """Note that a step is not finished: its outputs are about to change.
+
+    Raises:
+        CubeError: the store cannot be written.
+    """
+    if read_finished(store, step, name):
+        note_finished(store, step, name, "", None)
+
+
+def read_notes(store: Store, step: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the notes of finished steps, by name. Others are left out.
 
     Reads several notes at a time from an object store.
     """
@@ -57,11 +67,11 @@ def list_finished(store: Store, step: str, names: Iterable[str]) -> dict[str, st
     else:
         with ThreadPoolExecutor(_READERS) as pool:
             notes = list(pool.map(read, names))
-    return {name: note["inputs"] for name, note in zip(names, notes, strict=True) if note}
+    return {name: note for name, note in zip(names, notes, strict=True) if note}
 
 
 def read_finished(store: Store, step: str, name: str) -> dict[str, Any]:
-    """Return the note of a finished step; empty for a missing or damaged note."""
+    """Return the note of a finished step; empty for a missing, damaged or forgotten note."""
     try:
         if store.path is None:
             content = bytes(store.client().get(_key(step, name)).bytes())
@@ -71,4 +81,4 @@ def read_finished(store: Store, step: str, name: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
     is_whole = isinstance(note, dict) and note.keys() >= {"inputs", "outputs"}
-    return note if is_whole else {}
+    return note if is_whole and note["inputs"] else {}

@@ -59,6 +59,10 @@ class History:
             self._value(Unit(step, site, year), "state") == "failed" for step in ("search", "build")
         )
 
+    def has_failed_step(self, step: str, site: str) -> bool:
+        """Whether the last attempt at a step of a site failed."""
+        return bool(self._value(Unit(step, site), "state") == "failed")
+
     def failures(self) -> Iterator[tuple[Unit, Any]]:
         """Yield the units whose last attempt failed or was interrupted, with their rows."""
         ended_badly = (self.units["state"] == "failed") | self.units["interrupted"]

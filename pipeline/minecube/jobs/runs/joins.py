@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import geopandas as gpd
 import pandas as pd
 
 from minecube import export, report
+from minecube.cube.locks import hold
 from minecube.digests import sha256_of_json
 from minecube.errors import MinecubeError
 from minecube.jobs.audit import Audit, save_audit
-from minecube.jobs.runs.finished import list_finished, note_finished, read_finished
+from minecube.jobs.failures import describe_failure
+from minecube.jobs.runs.finished import (
+    forget_finished,
+    note_finished,
+    read_finished,
+    read_notes,
+)
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.runs.site_steps import counts_file
 from minecube.jobs.score import Counts, join_counts, read_counts
@@ -21,7 +27,8 @@ from minecube.jobs.score_tables import ScoreTables, write_tables
 from minecube.jobs.tables import write_json
 from minecube.places import Place, local_copy, outgoing
 
-log = logging.getLogger(__name__)
+_WAIT_S = 600.0
+"""Longest time to wait for another run that joins the same results."""
 
 
 def join_results(inputs: Inputs, steps: Iterable[str]) -> dict[str, str]:
@@ -34,19 +41,32 @@ def join_results(inputs: Inputs, steps: Iterable[str]) -> dict[str, str]:
     for step in steps:
         if step not in _JOINS:
             continue
-        finished = list_finished(inputs.store, step, inputs.sites)
-        described = sha256_of_json(finished)
-        if not finished or read_finished(inputs.store, "joined", step).get("inputs") == described:
-            continue
         try:
-            _JOINS[step](inputs, list(finished))
-            note_finished(inputs.store, "joined", step, described, {})
-        except MinecubeError as error:
-            failures[step] = str(error)
+            with hold(inputs.store, f"run/join/{step}", wait_s=_WAIT_S):
+                _join(inputs, step)
+        except (MinecubeError, OSError) as error:
+            failures[step] = describe_failure(error)
     return failures
 
 
-def _join_audit(inputs: Inputs, sites: Sequence[str]) -> None:
+def _join(inputs: Inputs, step: str) -> None:
+    """Join the results of one step, unless the same are joined, and are still there."""
+    notes = read_notes(inputs.store, step, inputs.sites)
+    finished = {site: [note["inputs"], note["outputs"]] for site, note in notes.items()}
+    described = sha256_of_json(finished)
+    joined = read_finished(inputs.store, "joined", step)
+    results = inputs.results
+    if not finished or (
+        joined.get("inputs") == described
+        and all((results / name).exists() for name in joined["outputs"])
+    ):
+        return
+    forget_finished(inputs.store, "joined", step)
+    names = _JOINS[step](inputs, list(finished))
+    note_finished(inputs.store, "joined", step, described, names)
+
+
+def _join_audit(inputs: Inputs, sites: Sequence[str]) -> list[str]:
     folder = inputs.results / "audit"
     tables = {
         name: _concat(
@@ -63,9 +83,11 @@ def _join_audit(inputs: Inputs, sites: Sequence[str]) -> None:
     )
     with outgoing(folder) as local:
         save_audit(audit, local)
+    return ["audit/audit.csv", "audit/audit.parquet", "audit/audit.png"]
 
 
-def _join_tracks(inputs: Inputs, sites: Sequence[str]) -> None:
+def _join_tracks(inputs: Inputs, sites: Sequence[str]) -> list[str]:
+    names = []
     for model in inputs.dataset.models:
         folder = inputs.results / "tracks" / model.name
         for name, joined in (("areas.csv", "areas.csv"), ("summary.csv", "sites.csv")):
@@ -75,6 +97,8 @@ def _join_tracks(inputs: Inputs, sites: Sequence[str]) -> None:
             if joined == "areas.csv":
                 with outgoing(folder / "areas.png") as path:
                     report.draw_area_overview(_split_by_site(table), path)
+            names.append(f"tracks/{model.name}/{joined}")
+    return names
 
 
 def _split_by_site(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -89,16 +113,17 @@ def _open(place: Place) -> io.BytesIO:
     return io.BytesIO(place.read_bytes())
 
 
-def _join_scores(inputs: Inputs, sites: Sequence[str]) -> None:
+def _join_scores(inputs: Inputs, sites: Sequence[str]) -> list[str]:
     counts: Counts = {}
     for site in sites:
         with local_copy(counts_file(inputs, site)) as path:
             join_counts(counts, path, read_counts(path), [])
     with outgoing(inputs.results / "scores") as folder:
-        write_tables(ScoreTables.from_counts(counts), folder)
+        paths = write_tables(ScoreTables.from_counts(counts), folder)
+        return [f"scores/{path.name}" for path in paths]
 
 
-def _join_exports(inputs: Inputs, sites: Sequence[str]) -> None:
+def _join_exports(inputs: Inputs, sites: Sequence[str]) -> list[str]:
     """Write a STAC catalogue of the sites' collections, and the footprints of all sites."""
     folder = inputs.results / "export"
     for kind in ("labels", "mapped"):
@@ -125,9 +150,10 @@ def _join_exports(inputs: Inputs, sites: Sequence[str]) -> None:
     }
     with outgoing(folder / "catalog.json") as path:
         write_json(path, catalog, "the catalogue")
+    return ["export/catalog.json"]
 
 
-_JOINS: dict[str, Callable[[Inputs, Sequence[str]], None]] = {
+_JOINS: dict[str, Callable[[Inputs, Sequence[str]], list[str]]] = {
     "audit": _join_audit,
     "tracks": _join_tracks,
     "score": _join_scores,

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from minecube.cube.events import read_events
-from minecube.cube.read.summaries import Commit, read_commits, read_seals
-from minecube.digests import sha256_of_json
-from minecube.errors import MinecubeError
-from minecube.jobs.runs.finished import read_finished
+from minecube.cube.read.summaries import Commit, read_commits
+from minecube.errors import CubeError
+from minecube.jobs.failures import one_line
 from minecube.jobs.runs.history import History
 from minecube.jobs.runs.inputs import Inputs
+from minecube.jobs.runs.rates import list_mapped, update_rates
 from minecube.jobs.runs.site_steps import (
     Commits,
     is_finished,
-    learn_rates,
     make_step,
     read_site_commits,
 )
 from minecube.jobs.runs.states import StaleCheck, list_path
 from minecube.jobs.runs.summary import RunOptions, Summary
 from minecube.jobs.runs.units import NEEDS, SITE_YEAR_STEPS, Unit
-
-log = logging.getLogger(__name__)
+from minecube.jobs.runs.worker import Result
 
 
 class Barrier:
@@ -55,8 +52,12 @@ class Plan:
     years: Sequence[int]
     commits: dict[tuple[str, int], Commit]
     """At the start of the run."""
+    damaged: dict[tuple[str, int], CubeError]
+    """Site-years with a damaged marker."""
     stale_check: StaleCheck
     summary: Summary = field(default_factory=Summary)
+    are_rates_known: bool = False
+    """Whether tracks may start."""
 
     @classmethod
     def make(
@@ -75,8 +76,9 @@ class Plan:
             for year in years
             if shard is None or shard.has(site, year)
         )
-        commits = read_commits(inputs.store, site_years)
-        return cls(inputs, options, steps, sites, years, commits, StaleCheck(inputs))
+        damaged: dict[tuple[str, int], CubeError] = {}
+        commits = read_commits(inputs.store, site_years, damaged)
+        return cls(inputs, options, steps, sites, years, commits, damaged, StaleCheck(inputs))
 
     @cached_property
     def history(self) -> History:
@@ -97,12 +99,20 @@ class Plan:
                 continue
             if step == "tracks":
                 yield _WAIT_FOR_ALL
-            if committed is None:
-                committed = read_site_commits(self.inputs, site)
+                if not self.are_rates_known:
+                    _add(self.summary.waiting, step)
+                    failed.add(step)
+                    continue
             unit = Unit(step, site)
-            if not self._may_start(unit, failed, committed):
+            try:
+                if step != "audit":  # which comes before builds, and needs none
+                    committed = committed or read_site_commits(self.inputs, site)
+            except CubeError as error:  # a damaged marker
+                self._fail(unit, error)
+                return
+            if not self._may_start(unit, failed, committed or {}):
                 failed.add(step)
-            elif is_finished(step, make_step(step, self.inputs, site, committed)):
+            elif is_finished(step, make_step(step, self.inputs, site, committed or {})):
                 _add(self.summary.kept, step)
             elif not (follows or self._is_chosen(unit)):
                 failed.add(step)
@@ -123,7 +133,9 @@ class Plan:
                 continue
             if not self._is_chosen(unit):
                 continue
-            if not self._is_unfinished(unit):
+            if step == "build" and (site, year) in self.damaged:
+                self._fail(unit, self.damaged[site, year])
+            elif not self._is_unfinished(unit):
                 _add(self.summary.kept, step)
             elif self._has_failed(Unit("search", site, year)):
                 _add(self.summary.blocked, step)
@@ -147,6 +159,11 @@ class Plan:
             return True
         self.summary.stale[unit] = reason
         return False
+
+    def _fail(self, unit: Unit, error: CubeError) -> None:
+        """Note that a unit cannot be worked on."""
+        text = one_line(error)
+        self.summary.results[unit] = Result(state="failed", error_class="data", message=text)
 
     def _has_failed(self, unit: Unit) -> bool:
         result = self.summary.results.get(unit)
@@ -191,7 +208,9 @@ class Plan:
                     unfinished += len(self._list_site_years(step, site))
                     continue
                 committed = read_site_commits(self.inputs, site)
-                if committed and is_finished(step, make_step(step, self.inputs, site, committed)):
+                if committed and is_finished(
+                    step, make_step(step, self.inputs, site, committed or {})
+                ):
                     _add(self.summary.kept, step)
                 else:
                     unfinished += 1
@@ -199,22 +218,17 @@ class Plan:
         return counts
 
     def update_rates(self) -> None:
-        """Determine the rates of tracks from all maps, unless they are known.
+        """Determine the rates of tracks. In a shard, tracks wait until all sites are mapped."""
+        mapped = list_mapped(self.inputs)
+        if self.options.shard and not all(
+            map(self._is_predict_over, set(self.inputs.sites) - set(mapped))
+        ):
+            return
+        self.are_rates_known = update_rates(self.inputs, mapped)
 
-        A failure is logged, and fails the tracks of every site.
-        """
-        for model in self.inputs.dataset.models:
-            path = f"predictions/{model.name}"
-            paths = [f"{site}/{path}" for site in self.sites]
-            seals = dict(zip(self.sites, read_seals(self.inputs.store, paths), strict=True))
-            mapped = {site: seal for site, seal in seals.items() if seal}
-            described = sha256_of_json([asdict(self.inputs.dataset)["tracks"], mapped])
-            if (
-                not mapped
-                or read_finished(self.inputs.store, "rates", model.name).get("inputs") == described
-            ):
-                continue
-            try:
-                learn_rates(self.inputs, model.name, list(mapped), described)
-            except MinecubeError as error:
-                log.warning("%s: no rates for tracks: %s", model.name, error)
+    def _is_predict_over(self, site: str) -> bool:
+        """Whether a site without maps will get none: its step or all its builds have failed."""
+        has_failed = self.history.has_failed
+        return self.history.has_failed_step("predict", site) or all(
+            has_failed(site, year) for year in self.years
+        )

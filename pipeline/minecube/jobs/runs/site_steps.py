@@ -7,14 +7,16 @@ finished if both descriptions are as in its note (`finished.py`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
 
 from minecube import cube, export
-from minecube.catalog.dataset import ExportInput, LabelInput, ScoreInput, TracksInput
+from minecube.catalog.dataset import ExportInput, LabelInput, ScoreInput
 from minecube.cube.read.summaries import Commit, list_commits, read_seal
 from minecube.digests import sha256_of_json
 from minecube.errors import CubeError
@@ -22,12 +24,12 @@ from minecube.files import replacing
 from minecube.jobs.audit import judge_lists
 from minecube.jobs.export import ExportOptions, export_sites
 from minecube.jobs.label import draw_labels
-from minecube.jobs.runs.finished import note_finished, read_finished
+from minecube.jobs.runs.finished import forget_finished, note_finished, read_finished
 from minecube.jobs.runs.inputs import Inputs, hash_file, identify_model, load_polygons
 from minecube.jobs.scene_lists import path_of_list
 from minecube.jobs.score import score_baselines, score_site
 from minecube.jobs.tables import write_json
-from minecube.jobs.tracks import SUFFIX, SmoothedSites, choose_rates, read_maps, smooth_site
+from minecube.jobs.tracks import SUFFIX, SmoothedSites, read_maps, smooth_site
 from minecube.places import Place, list_files, outgoing, place_of, time_of_change
 from minecube.tracks import Rates
 
@@ -90,6 +92,8 @@ def finish_step(name: str, step: SiteStep, *, overwrite: bool) -> None:
     if is_finished(name, step):  # by another run, just now
         return
     described = sha256_of_json(step.describe_inputs())
+    # Otherwise, half-made outputs would count as finished once the old inputs are back.
+    forget_finished(step.inputs.store, name, step.site)
     step.work(overwrite=overwrite)
     outputs = sha256_of_json(step.identify_outputs())
     note_finished(step.inputs.store, name, step.site, described, outputs)
@@ -194,17 +198,6 @@ class _Tracks(SiteStep):
         return self.inputs.results / "tracks" / model / "sites" / self.site
 
 
-def learn_rates(inputs: Inputs, model: str, sites: list[str], described: str) -> None:
-    """Determine the rates of a model's maps over all sites, and note them.
-
-    Raises as `choose_rates`.
-    """
-    settings = cast("TracksInput", inputs.dataset.tracks)
-    maps = read_maps(inputs.store, sites, model)
-    rates = choose_rates(inputs.store, maps, settings.method())
-    note_finished(inputs.store, "rates", model, described, asdict(rates))
-
-
 class _Score(SiteStep):
     @property
     def settings(self) -> ScoreInput:
@@ -260,7 +253,7 @@ class _Export(SiteStep):
     def work(self, *, overwrite: bool) -> None:
         del overwrite  # for maps
         options = ExportOptions(**asdict(self.settings))
-        with outgoing(self._folder()) as folder:
+        with _replacing(self._folder()) as folder:
             export_sites(self.inputs.store, [self.site], folder, options)
 
     def identify_outputs(self) -> Any:
@@ -278,6 +271,22 @@ _CLASSES: Mapping[str, type[SiteStep]] = {
     "score": _Score,
     "export": _Export,
 }
+
+
+@contextmanager
+def _replacing(place: Place) -> Iterator[Path]:
+    """Yield a folder to fill. At the end it replaces the one at `place`, with all its files."""
+    if isinstance(place, Path):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(place) as draft:
+            yield draft
+        return
+    old = set(list_files(place))
+    with outgoing(place) as draft:
+        yield draft
+        new = set(list_files(draft))
+    for name in old - new:
+        (place / name).unlink()
 
 
 def _write_parquet(table: pd.DataFrame, place: Place) -> None:

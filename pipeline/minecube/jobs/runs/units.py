@@ -14,7 +14,6 @@ SITE_STEPS = ("audit", "label", "predict", "tracks", "score", "export")
 STEPS = ("search", "audit", "build", "label", "predict", "tracks", "score", "export")
 """In the order of a run."""
 NEEDS = {
-    "audit": ("search",),
     "tracks": ("predict",),
     "score": ("label", "predict", "tracks"),
     "export": ("predict", "tracks"),
