@@ -123,16 +123,16 @@ def test_the_cron_line_and_the_service_run_commands_of_ours(world, tmp_path):
     ]
     command = line.split("&&")[1].split(">>")[0]
     assert "%" not in command  # cron takes it for the end of the line
-    (started,) = re.findall(r"ExecStart=(.*)", (WORKFLOWS / "minecube.service").read_text())
+    (started,) = re.findall(r"ExecStart=(.*)", (WORKFLOWS / "annual.service").read_text())
     for number, words in enumerate((command, started)):
         assert re.search(r"search +2", dry_run(world, tmp_path / str(number), shlex.split(words)))
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
 def test_systemd_reads_the_units(tmp_path):
-    for name in ("minecube.service", "minecube.timer"):
+    for name in ("annual.service", "annual.timer"):
         shutil.copy(WORKFLOWS / name, tmp_path)
-    service = tmp_path / "minecube.service"
+    service = tmp_path / "annual.service"
     # systemd looks for the program at once.
     service.write_text(service.read_text().replace("%h/mines/.venv/bin/minecube", "/bin/true"))
     done = subprocess.run(
