@@ -136,6 +136,23 @@ def test_a_silent_source_keeps_the_list(growing):
     assert files_of(growing / "scenes") == before
 
 
+def test_an_update_without_an_answer_fails_and_publishes_nothing(growing):
+    """The committed years are whole, so only the silent source keeps them from being published."""
+    path = write_dataset(growing, growing, publish="releases")
+    run_here("run", path, "--only", "search,build")
+    archive = growing / "archive/earth-search.parquet"
+    archive.rename(growing / "moved.parquet")
+    archive.write_bytes(b"junk")
+    _, err = run_here("update", path, "--refresh", "--dry-run", ok=1)
+    assert "error: pit 2020 was not searched" in err
+    _, err = run_here("update", path, "--refresh", "--publish", "v1", ok=1)
+    assert err.splitlines()[-1] == "v1 is not published: 2 searches had no answer; run again"
+    assert not (growing / "releases").exists()
+    (growing / "moved.parquet").replace(archive)
+    run_here("update", path, "--refresh", "--publish", "v1")
+    assert (growing / "releases").exists()
+
+
 def test_an_update_adds_a_year_and_builds_reprocessed_scenes_again(
     growing, world, tmp_path_factory
 ):

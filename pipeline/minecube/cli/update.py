@@ -48,7 +48,7 @@ _MOST_ROWS = 40
     "--publish",
     "tag",
     help="Save the dataset under this tag in its Icechunk repository (`publish` in DATASET) if "
-    "all is done.",
+    "all searches had an answer and all is done.",
 )
 @collect_options
 def update(
@@ -63,7 +63,8 @@ def update(
 
     Builds new years and sites, and site-years whose scenes have changed. The old build of a
     site-year stays readable until the new one is whole. If the recipe has changed, its cubes go to
-    a new store next to the present one.
+    a new store next to the present one. Exits with 1 if a search had no answer, or a step
+    failed.
 
     \b
     Examples:
@@ -83,17 +84,26 @@ def update(
     if changes is not None:
         with outgoing(changes) as path:
             _list_scenes(found).to_csv(path, index=False)
-    if dry_run:
-        return
-    with progress_bar("updating") as bar:
-        summary = update_dataset(moved, options, report_to(bar))
-    print_summary(summary, list_steps(moved))
-    code = summary.exit_code
-    if tag is not None:
-        published = publish_dataset(moved, tag)
-        click.echo(published.text, err=not published.is_good)
-        code = code or int(not published.is_good)
-    click.get_current_context().exit(code)
+    is_good = not found.unanswered
+    if not dry_run:
+        with progress_bar("updating") as bar:
+            summary = update_dataset(moved, options, report_to(bar))
+        print_summary(summary, list_steps(moved))
+        is_good &= summary.exit_code == 0
+        if tag is not None:
+            is_good &= _publish(moved, tag, found)
+    click.get_current_context().exit(int(not is_good))
+
+
+def _publish(dataset: Dataset, tag: str, found: Changes) -> bool:
+    """Publish a dataset whose searches all had an answer. Returns whether it is published."""
+    if found.unanswered:
+        count = len(found.unanswered)
+        click.echo(f"{tag} is not published: {count} searches had no answer; run again", err=True)
+        return False
+    published = publish_dataset(dataset, tag)
+    click.echo(published.text, err=not published.is_good)
+    return published.is_good
 
 
 def _add_years(dataset: Dataset, years: tuple[int, ...]) -> Dataset:
