@@ -146,7 +146,7 @@ class _Reader:
             tried.sort_values("step").drop_duplicates(["site", "year"]).set_index(["site", "year"])
         )
         index = pd.MultiIndex.from_tuples(self.keys, names=["site", "year"])
-        table = last.reindex(index)
+        table = last.reindex(index).astype({"error_class": object, "worker": object})
         built = [self.commits.get(key) for key in self.keys]
         committed = np.array([commit is not None for commit in built], dtype=bool)
         lost = np.array([0 if commit is None else commit.lost for commit in built])
