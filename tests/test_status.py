@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 
 import geopandas as gpd
 import pandas as pd
@@ -83,7 +84,7 @@ def test_each_state(dataset):
     log.write(event("pond", 2020, "start"))
     log.write(event("pond", 2020, state="failed", error_class="data", message="no scene"))
     log.write(event("pond", 2021, "start"))
-    status = read_status(load_dataset(path))
+    status = read_status(replace(load_dataset(path), min_read_completeness=0.97))
     assert states_of(status) == {
         "pit 2019": "done",
         "pit 2020": "gaps",
@@ -97,6 +98,9 @@ def test_each_state(dataset):
     assert table.loc[("pit", 2021), "why"] == "built by minecube 0.0.9"
     assert table.loc[("pond", 2020), "why"] == "no scene"
     assert table.loc[("pond", 2020), "error_class"] == "data"
+    strict = read_status(load_dataset(path)).site_years.loc[("pit", 2020)]
+    assert strict["state"] == "stale"
+    assert strict["why"] == "more reads were lost (3) than min_read_completeness allows"
     assert status.km2 == pytest.approx(3 * 0.48 * 0.48)  # three years of 48 x 48 pixels of 10 m
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
 import re
 import shutil
@@ -23,7 +24,13 @@ from minecube.jobs.runs import RunOptions, run
 from minecube.jobs.runs.inputs import load_inputs
 from minecube.jobs.runs.publishing import check_publishing, publish_dataset
 from minecube.jobs.runs.states import list_path
-from minecube.jobs.runs.update import UpdateOptions, choose_store, complete_day, find_changes
+from minecube.jobs.runs.update import (
+    UpdateOptions,
+    choose_store,
+    complete_day,
+    find_changes,
+    update,
+)
 from minecube.scenes import snapshot
 
 REFRESH = UpdateOptions(refresh=True)
@@ -239,6 +246,43 @@ def test_another_version_of_minecube_is_left_unless_asked(tmp_path, world):
         found = find_changes(dataset, UpdateOptions(rebuild=rebuild), save=False)
         assert (len(found.reasons), len(found.older)) == (reasons, older)
         assert "built by minecube 0.0.1" in str(found)
+
+
+def change_marker(dataset, **changes):
+    """Change attributes in the marker of 2020."""
+    marker = cube.Store(dataset.store).path / "pit/builds/2020/zarr.json"
+    content = json.loads(marker.read_text())
+    content["attributes"] |= changes
+    marker.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("marker", "accepting", "reason"),
+    [
+        (
+            {"reads": {"planned": 100, "lost": 4, "completeness": 0.96}},
+            {"min_read_completeness": 0.96},
+            "more reads were lost (4) than min_read_completeness allows",
+        ),
+        (
+            {"offset_conflicts": [{"scene": "a"}], "on_offset_conflict": "warn"},
+            {"on_offset_conflict": "warn"},
+            "built with on_offset_conflict warn",
+        ),
+    ],
+)
+def test_a_site_year_of_looser_rules_is_stale(tmp_path, world, marker, accepting, reason):
+    dataset = make_dataset(tmp_path, world, years=2020)
+    assert run(dataset, RunOptions(only=("search", "build"))).exit_code == 0
+    change_marker(dataset, **marker)
+    assert not find_changes(replace(dataset, **accepting), UpdateOptions(), save=False).reasons
+    found = find_changes(dataset, UpdateOptions(), save=False)
+    assert found.reasons == {("pit", 2020): reason}
+    assert update(dataset, UpdateOptions()).exit_code == 0
+    again = cube.read_markers(cube.Store(dataset.store), "pit")[2020]
+    assert again["reads"]["completeness"] == 1
+    assert (again["offset_conflicts"], again["on_offset_conflict"]) == ([], "drop")
+    assert not find_changes(dataset, UpdateOptions(), save=False).reasons
 
 
 def test_what_is_not_whole_is_not_published(tmp_path, world):

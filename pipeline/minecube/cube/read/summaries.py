@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from minecube.cube.markers import PLACING, marker_path
+from minecube.cube.markers import PLACING, completeness_of, marker_path
 from minecube.cube.store import Store
 from minecube.errors import CubeError
 
@@ -45,11 +45,18 @@ class Commit:
     reads: Mapping[str, float]
     """As from `reader.Ledger.totals`; empty for stores of early versions."""
     seconds: float
+    offset_rule: str | None
+    """How offsets in conflict with pixels were treated; None if there was no conflict."""
 
     @property
     def lost(self) -> int:
         """Number of lost reads."""
         return int(self.reads.get("lost", 0))
+
+    @property
+    def completeness(self) -> float:
+        """Share of successful reads."""
+        return completeness_of({"reads": self.reads})
 
 
 def read_commits(
@@ -124,6 +131,7 @@ def _parse(
         if known == recipe:
             recipe = known
         height, width = marker["grid"]["shape"]
+        has_conflict = bool(marker.get("offset_conflicts"))
         return Commit(
             site=site,
             year=year,
@@ -136,6 +144,7 @@ def _parse(
             pixels=height * width,
             reads=marker.get("reads", {}),
             seconds=marker.get("took", {}).get("seconds", 0.0),
+            offset_rule=marker["on_offset_conflict"] if has_conflict else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CubeError(

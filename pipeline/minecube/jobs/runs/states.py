@@ -45,11 +45,16 @@ class StaleCheck:
         return reason
 
     def explain_inputs(self, commit: Commit) -> str:
-        """Say which other inputs a site-year has, whatever version of minecube built it."""
+        """Say which other inputs or rules built a site-year, whatever the version of minecube."""
         if commit.recipe is not self._known_recipe:
             if untitled(commit.recipe) != self._recipe:
                 return f"built with another recipe {commit.recipe['id']}"
             self._known_recipe = commit.recipe
+        job = self._inputs.job
+        if commit.completeness < job.min_read_completeness:
+            return f"more reads were lost ({commit.lost}) than min_read_completeness allows"
+        if commit.offset_rule not in (None, job.on_offset_conflict):
+            return f"built with on_offset_conflict {commit.offset_rule}"
         changed = self._list_changed_lists(commit)
         if changed and self._has_other_scenes(commit):
             return f"the scene list of {format_years(changed)} has changed"
