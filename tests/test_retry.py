@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -124,6 +125,32 @@ def test_pauses_double(dataset):
     assert pauses == [10, 20]
     assert [set(done.failures) for done in retried.passes] == [{LATER}] * 3
     assert [(failure.unit, failure.attempts) for failure in retried.left] == [(LATER, 4)]
+
+
+def test_a_failed_rebuild_is_mended_whatever_the_clocks(dataset):
+    """The old build is of another version, and a clock that was ahead has dated it."""
+    assert run(dataset, RunOptions(only=("search", "build"), years=(2020,))).exit_code == 0
+    store = cube.Store(dataset.store)
+    marker = store.path / "pit/builds/2020/zarr.json"
+    content = json.loads(marker.read_text())
+    present = content["attributes"]
+    ahead = datetime.now(tz=UTC) + timedelta(hours=1)
+    older = {"version": "0.0.1", "build_id": "older", "committed": ahead.isoformat()}
+    marker.write_text(json.dumps(content | {"attributes": present | older}))
+    log_failure(dataset, BUILD, "network", attempt=2)
+    (failure,) = list_failures(dataset)
+    assert (failure.unit, failure.replaces) == (BUILD, True)
+    (done,) = retry(dataset).passes
+    assert done.results[BUILD].is_good
+    assert cube.read_markers(store, "pit")[2020]["build_id"] == present["build_id"]
+    assert list_failures(dataset) == []
+
+
+def test_a_current_site_year_is_no_failure(dataset):
+    """Another machine has built it, and its clock was behind."""
+    assert run(dataset, RunOptions(only=("search", "build"), years=(2020,))).exit_code == 0
+    log_failure(dataset, BUILD, "network", attempt=2)
+    assert list_failures(dataset) == []
 
 
 def test_half_blocks_give_the_same_pixels(dataset, tmp_path, world):

@@ -97,10 +97,12 @@ def retry(
 def _plan_attempt(failures: list[Failure]) -> RunOptions:
     units = {failure.unit for failure in failures}
     units |= {Unit("build", unit.site, unit.year) for unit in units if unit.step == "search"}
+    replaces = any(failure.replaces for failure in failures)
     return RunOptions(
         sites=",".join(sorted({unit.site for unit in units})),
         chosen=frozenset(units),
-        overwrite=any(failure.replaces for failure in failures),
+        overwrite=replaces,
+        rebuild=replaces,
         fractions={failure.unit: 0.5**failure.memory_failures for failure in failures},
     )
 
@@ -121,8 +123,9 @@ def _iterate_failures(plan: Plan, since: datetime | None) -> Iterator[Failure]:
     for unit, row in plan.history.failures():
         if unit.site not in sites or unit.year not in years or unit.step not in plan.steps:
             continue
-        failed = row.last_time.to_pydatetime()
-        if (since is None or failed >= since) and _is_unfinished(plan, unit, failed):
+        if since is not None and row.last_time < since:
+            continue
+        if _is_unfinished(plan, unit):
             yield _describe(plan, unit, row)
 
 
@@ -140,12 +143,12 @@ def _describe(plan: Plan, unit: Unit, row: Any) -> Failure:
     )
 
 
-def _is_unfinished(plan: Plan, unit: Unit, failed: datetime) -> bool:
+def _is_unfinished(plan: Plan, unit: Unit) -> bool:
     """Whether a unit still lacks what its failed attempt was to make."""
     if unit.step == "search":
         return not list_path(plan.inputs, unit.site, unit.year).exists()
     if unit.step == "build":
         commit = plan.commits.get((unit.site, unit.year))
-        return commit is None or datetime.fromisoformat(commit.committed) < failed
+        return commit is None or bool(plan.stale_check.explain(commit))
     step = make_step(unit.step, plan.inputs, unit.site, read_site_commits(plan.inputs, unit.site))
     return not is_finished(unit.step, step)
