@@ -16,10 +16,12 @@ from known_scenes import site_of
 from known_stores import RECIPE, year_of
 from minecube import cube
 from minecube.catalog import load_dataset
+from minecube.catalog.dataset import TEMPLATE
 from minecube.cli import cli
 from minecube.cube.events import DEAD_S, EventLog, read_events
 from minecube.grid import grid_of
 from minecube.jobs.status import read_status, read_store_status
+from minecube.places import place_of
 
 YEARS = (2019, 2020, 2021)
 
@@ -147,6 +149,26 @@ def test_a_map_that_other_tools_open(dataset, tmp_path):
     assert row["state"] == "done"
     assert row.geometry.equals(pit.geometry)
     assert {"why", "attempts", "seconds", "mb", "lost", "version"} <= set(table.columns)
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_files_in_an_object_store_are_as_local_ones(dataset, bucket, tmp_path, form):
+    path, store, (pit, _) = dataset
+    commit(store, pit, 2019)
+    for out in (tmp_path / "states", f"{bucket}/states"):
+        words = ["status", str(path), "--format", form, "--out", str(out)]
+        result = CliRunner().invoke(cli, words)
+        assert (result.exit_code, result.stdout) == (0, f"{out}: 6 site-years\n")
+    assert place_of(f"{bucket}/states").read_bytes() == (tmp_path / "states").read_bytes()
+
+
+def test_a_template_in_an_object_store(bucket):
+    place = f"{bucket}/dataset.yaml"
+    for code in (0, 2):
+        result = CliRunner().invoke(cli, ["run", "--init", place])
+        assert result.exit_code == code, result.output
+    assert "exists already" in result.stderr
+    assert place_of(place).read_bytes() == TEMPLATE.encode()
 
 
 def test_formats_agree(dataset):

@@ -21,6 +21,7 @@ from minecube.jobs.runs.summary import Progress
 from minecube.jobs.runs.units import Shard, Unit, list_steps
 from minecube.jobs.runs.worker import Result
 from minecube.jobs.tables import format_table
+from minecube.places import Place, outgoing
 
 _MOST_FAILURES = 20
 
@@ -80,7 +81,7 @@ def _parse_shard(_ctx: click.Context, _param: click.Parameter, text: str | None)
 @collect_options
 def run(
     dataset: Dataset | None,
-    template: Path | None,
+    template: Place | None,
     options: RunOptions,
     engine: str | None,
     dry_run: bool,
@@ -128,11 +129,12 @@ def report_to(bar: Bar) -> Progress:
     return report
 
 
-def _write_template(path: Path) -> None:
-    if path.exists():
-        raise CatalogError(f"{path}: exists already; name another file")
-    path.write_text(TEMPLATE, encoding="utf-8")
-    click.echo(f"{path}: edit it, then run `minecube run {path}`")
+def _write_template(place: Place) -> None:
+    if place.exists():
+        raise CatalogError(f"{place}: exists already; name another file")
+    with outgoing(place) as path:
+        path.write_text(TEMPLATE, encoding="utf-8")
+    click.echo(f"{place}: edit it, then run `minecube run {place.name}`")
 
 
 def print_summary(summary: Summary, steps: list[str]) -> None:

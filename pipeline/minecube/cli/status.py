@@ -26,6 +26,7 @@ from minecube.jobs.status import (
     read_store_status,
 )
 from minecube.jobs.tables import format_table
+from minecube.places import Place, outgoing
 
 _MOST_SITES = 60
 """Most sites in the table; of more, only unfinished sites are shown."""
@@ -49,7 +50,7 @@ _MARKS = {"done": "done", "to do": "-", "interrupted": "cut off"}
 @click.option("--out", type=OutFile(), help="File to write. Needed for parquet.")
 @click.option("--watch", is_flag=True, help=f"Show the table again every {_WATCH_S:g} s.")
 def status(
-    dataset: Path | None, store: str | None, form: str, out: Path | None, watch: bool
+    dataset: Path | None, store: str | None, form: str, out: Place | None, watch: bool
 ) -> None:
     """Show the state of each site-year and step of DATASET, a dataset.yaml.
 
@@ -72,14 +73,16 @@ def status(
     if form == "parquet":
         if out is None:
             raise click.UsageError("--format parquet: expected --out FILE for the map")
-        make_map(found, areas()).to_parquet(out)
+        with outgoing(out) as path:
+            make_map(found, areas()).to_parquet(path)
         click.echo(f"{out}: {len(found.site_years)} site-years")
         return
     text = _format(found, form)
     if out is None:
         click.echo(text)
     else:
-        out.write_text(text + "\n", encoding="utf-8")
+        with outgoing(out) as path:
+            path.write_text(text + "\n", encoding="utf-8")
         click.echo(f"{out}: {len(found.site_years)} site-years")
 
 
