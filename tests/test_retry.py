@@ -8,14 +8,18 @@ import signal
 import threading
 from datetime import UTC, datetime, timedelta
 
+import geopandas as gpd
 import numpy as np
+import pandas as pd
 import pytest
 
 from known_builds import run_here
 from known_run_failures import log_failure, log_start, make_dataset, write_dataset
 from minecube import cube
 from minecube.cube.events import EventLog, read_events
+from minecube.errors import CatalogError
 from minecube.jobs.runs import RunOptions, run
+from minecube.jobs.runs.driver import make_plan
 from minecube.jobs.runs.inputs import load_inputs, open_log
 from minecube.jobs.runs.retry import RetryOptions, list_failures, retry
 from minecube.jobs.runs.states import list_path
@@ -151,6 +155,21 @@ def test_a_current_site_year_is_no_failure(dataset):
     assert run(dataset, RunOptions(only=("search", "build"), years=(2020,))).exit_code == 0
     log_failure(dataset, BUILD, "network", attempt=2)
     assert list_failures(dataset) == []
+
+
+def test_a_run_takes_exact_names(tmp_path, world):
+    pit = gpd.read_file(world / "sites.geojson")
+    file = tmp_path / "sites.geojson"
+    pd.concat([pit.assign(id=name) for name in ("pit", "pit_2", "pit_3")]).to_file(file)
+    dataset = make_dataset(tmp_path, world, sites=str(file))
+    for names, found in (
+        (("pit_3", "pit"), ["pit_3", "pit"]),
+        ("pit_3,pit", ["pit_3", "pit"]),
+        ("pit*", ["pit", "pit_2", "pit_3"]),
+    ):
+        assert make_plan(dataset, RunOptions(sites=names)).sites == found
+    with pytest.raises(CatalogError, match=r"pits has no site 'pit\*'"):
+        make_plan(dataset, RunOptions(sites=("pit", "pit*")))
 
 
 def test_half_blocks_give_the_same_pixels(dataset, tmp_path, world):

@@ -71,12 +71,24 @@ def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
     scenes.check_years(dataset.years)
     check_inputs(inputs)
     steps = list_steps(dataset, options.only)
-    sites = match_names(options.sites, list(inputs.sites), dataset.id)
+    sites = _choose_names(inputs, options.sites)
     years = choose_years(dataset, options.years)
     shard = options.shard
     in_shard = sites if shard is None else [site for site in sites if shard.has_any(site, years)]
     check_store(inputs, in_shard)
     return Plan.make(inputs, options, steps, sites, years)
+
+
+def _choose_names(inputs: Inputs, names: str | tuple[str, ...]) -> list[str]:
+    """Return the sites that match a text, or those of a tuple. Raises CatalogError for another."""
+    if isinstance(names, str):
+        return match_names(names, list(inputs.sites), inputs.dataset.id)
+    unknown = [name for name in names if name not in inputs.sites]
+    if unknown:
+        raise CatalogError(
+            f"sites: the dataset {inputs.dataset.id} has no site {unknown[0]!r}; name one that it has"
+        )
+    return list(names)
 
 
 def choose_years(dataset: Dataset, years: Sequence[int] | None) -> tuple[int, ...]:

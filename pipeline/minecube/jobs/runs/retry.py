@@ -99,7 +99,7 @@ def _plan_attempt(failures: list[Failure]) -> RunOptions:
     units |= {Unit("build", unit.site, unit.year) for unit in units if unit.step == "search"}
     replaces = any(failure.replaces for failure in failures)
     return RunOptions(
-        sites=",".join(sorted({unit.site for unit in units})),
+        sites=tuple(sorted({unit.site for unit in units})),
         chosen=frozenset(units),
         overwrite=replaces,
         rebuild=replaces,

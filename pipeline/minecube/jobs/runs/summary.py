@@ -19,8 +19,8 @@ class RunOptions:
 
     only: tuple[str, ...] | None = None
     """Steps; None: all of the dataset."""
-    sites: str = "*"
-    """Names of sites of the dataset, comma-separated, * allowed."""
+    sites: str | tuple[str, ...] = "*"
+    """Names of sites of the dataset, comma-separated, * allowed; or a tuple of exact names."""
     years: tuple[int, ...] | None = None
     """Years of the dataset; None: all."""
     shard: Shard | None = None
