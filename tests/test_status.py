@@ -119,6 +119,37 @@ def test_sums_and_cost_count_every_attempt(dataset):
     assert status.site_years.loc[("pit", 2019), "attempts"] == 2
 
 
+def test_stale_site_years_are_left_to_do_while_one_is_built_again(dataset):
+    """A build has just ended. Of the other five site-years, three are stale."""
+    path, store, (pit, pond) = dataset
+    for year in YEARS:
+        commit(store, pit, year, version="0.0.9")
+    log = EventLog(store)
+    for _ in range(2):
+        log.write(event("pond", 2019, state="done"))
+    commit(store, pond, 2019)
+    waiting = []
+    for site, year in (("pond", 2020), ("pit", 2019)):
+        log.write(event(site, year, "start"))
+        status = read_status(load_dataset(path))
+        waiting.append(status.left.total_seconds() / 3600 * status.per_hour)
+    # pond 2020 is running and pond 2021 to do; then pit 2019 is running, too, and two are stale.
+    assert waiting == pytest.approx([2, 5], rel=1e-3)
+
+
+def test_a_dry_run_counts_stale_site_years(dataset):
+    path, store, (pit, _) = dataset
+    commit(store, pit, 2019)
+    commit(store, pit, 2020, version="0.0.9")
+    result = CliRunner().invoke(cli, ["run", str(path), "--dry-run", "--only", "build"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1].split() == ["build", "4", "2"]
+    assert result.stderr.startswith(
+        "1 finished site-years are stale and stay as they are "
+        "(first pit 2020: built by minecube 0.0.9)"
+    )
+
+
 def test_a_failed_rebuild_leaves_the_old_year_done(dataset):
     path, store, (pit, _) = dataset
     commit(store, pit, 2019)

@@ -109,6 +109,7 @@ def run(
         plan = make_plan(dataset, options)
         rows = [(step, *counts) for step, counts in plan.preview().items()]
         click.echo(format_table(("step", "unfinished", "finished"), rows))
+        _print_stale(plan.summary)
         return
     logging.getLogger("minecube.jobs.runs").setLevel(logging.INFO)  # the dashboard's address
     with progress_bar("running") as bar:
@@ -157,15 +158,21 @@ def print_summary(summary: Summary, steps: list[str]) -> None:
         click.echo(f"and {len(failed) - _MOST_FAILURES} more failures: `minecube status`", err=True)
     for step, reason in summary.unjoined.items():
         click.echo(f"error: the results of {step} are not joined: {reason}", err=True)
-    if summary.stale:
-        unit, reason = next(iter(summary.stale.items()))
-        click.echo(
-            f"{len(summary.stale)} site-years are stale and were left as they are (first "
-            f"{unit.site} {unit.year}: {reason}); `minecube update` builds them again, with --rebuild also those of other "
-            "versions of minecube",
-            err=True,
-        )
+    _print_stale(summary)
     if sum(summary.waiting.values()):
         click.echo(
             f"{max(summary.waiting.values())} sites wait for site-years of other shards", err=True
         )
+
+
+def _print_stale(summary: Summary) -> None:
+    """Print how many site-years are stale, and why the first one is."""
+    if not summary.stale:
+        return
+    unit, reason = next(iter(summary.stale.items()))
+    click.echo(
+        f"{len(summary.stale)} finished site-years are stale and stay as they are (first "
+        f"{unit.site} {unit.year}: {reason}); `minecube update` builds them again, with --rebuild "
+        "also those of other versions of minecube",
+        err=True,
+    )

@@ -50,11 +50,12 @@ class Status:
     """One row per site with a state per step: done, stale (older than a build of the site),
     running, failed, interrupted or empty."""
     spent: Mapping[str, float]
-    """Sums over all attempts: seconds, mb and requests."""
+    """Sums over all attempts that have ended: seconds, mb and requests. Interrupted attempts are
+    missing, since they log no end."""
     per_hour: float
     """Site-years built per hour, lately; 0 if none is running."""
     cost: float | None
-    """Of all attempts; None without prices."""
+    """Of `spent`; None without prices."""
     currency: str = ""
 
     @property
@@ -65,11 +66,18 @@ class Status:
 
     @property
     def left(self) -> timedelta | None:
-        """Time left at the present rate; None if nothing is running."""
-        counts = self.counts
+        """Time left at the present rate; None if nothing is running.
+
+        Stale site-years count while one of them is built again.
+        """
         if not self.per_hour:
             return None
-        return timedelta(hours=(counts["to do"] + counts["running"]) / self.per_hour)
+        counts = self.counts
+        waiting = counts["to do"] + counts["running"]
+        running = self.site_years[self.site_years["state"] == "running"]
+        if (running["committed"] != "").any():
+            waiting += counts["stale"]
+        return timedelta(hours=waiting / self.per_hour)
 
     @property
     def km2(self) -> float:
