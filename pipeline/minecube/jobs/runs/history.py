@@ -38,6 +38,8 @@ class History:
         last = table.drop_duplicates(KEYS, keep="last").set_index(KEYS)
         ends = table[table["event"] == "end"].drop_duplicates(KEYS, keep="last").set_index(KEYS)
         units = ends.drop(columns=["event", "attempt"]).reindex(last.index)
+        repeated = units.select_dtypes("category").columns
+        units = units.astype(dict.fromkeys(repeated, object))
         open_ = last["event"] == "start"
         alive = last["worker"].isin(events.alive)
         units["attempts"] = attempts.reindex(units.index).fillna(0).astype(int)
