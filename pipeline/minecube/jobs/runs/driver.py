@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,13 @@ from minecube.errors import CatalogError, WorkerError
 from minecube.grid import grid_of
 from minecube.jobs.failures import classify, describe_failure
 from minecube.jobs.runs.engines import Engine, open_engine
-from minecube.jobs.runs.inputs import Inputs, check_inputs, load_inputs, open_log
+from minecube.jobs.runs.inputs import (
+    Inputs,
+    check_inputs,
+    forget_inputs,
+    load_inputs,
+    open_log,
+)
 from minecube.jobs.runs.joins import join_results
 from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.plan import Barrier, Plan
@@ -67,6 +74,7 @@ def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
 
     Raises as `run` does.
     """
+    forget_inputs()
     inputs = load_inputs(dataset)
     scenes.check_years(dataset.years)
     check_inputs(inputs)
@@ -136,6 +144,7 @@ class _Driver:
 
     def __init__(self, plan: Plan, progress: Progress) -> None:
         self._plan = plan
+        self._run = secrets.token_hex(8)
         self._progress = progress
         self._ready = deque(_Chain(plan.walk(site)) for site in plan.sites)
         self._parked: list[_Chain] = []
@@ -191,6 +200,7 @@ class _Driver:
     def _submit(self, engine: Engine, work: _Work) -> None:
         options = self._plan.options
         limits = Limits(
+            run=self._run,
             threads=engine.threads,
             block_fraction=options.fractions.get(work.unit, 1.0) * 0.5**work.deaths,
             overwrite=options.overwrite,

@@ -19,7 +19,10 @@ _COUNTED = ("bytes", "requests", "retried", "lost")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one attempt on a worker."""
+    """Limits of one attempt on a worker, and its run."""
+
+    run: str = ""
+    """Random id of the run. Workers load the inputs again for each run."""
 
     threads: int = 1
     """Threads that compute blocks of a composite."""

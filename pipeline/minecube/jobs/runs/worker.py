@@ -16,7 +16,7 @@ from minecube.cube.events import EventLog
 from minecube.cube.locks import hold
 from minecube.errors import BusyError
 from minecube.jobs.failures import classify, describe_failure, one_line
-from minecube.jobs.runs.inputs import Inputs, load_inputs, open_log
+from minecube.jobs.runs.inputs import Inputs, join_run, load_inputs, open_log
 from minecube.jobs.runs.site_steps import finish_step, make_step, read_site_commits
 from minecube.jobs.runs.steps import (
     BuildFailedError,
@@ -62,6 +62,7 @@ def run_unit(dataset: Dataset, unit: Unit, limits: Limits, attempt: int) -> Resu
         CatalogError: the dataset cannot be loaded here.
     """
     limit_connections(limits.connections)
+    join_run(limits.run)
     inputs = load_inputs(dataset)
     log = open_log(inputs.store)
     try:
