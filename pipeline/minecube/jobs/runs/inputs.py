@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import geopandas as gpd
 
@@ -43,7 +43,7 @@ def cached_for_run(maxsize: int) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         cached: Any = functools.lru_cache(maxsize)(function)
         _caches.append(cached)
-        return functools.wraps(function)(cached)
+        return cast("F", cached)
 
     return decorate
 
