@@ -182,7 +182,12 @@ def identify_model(inputs: Inputs, model: str) -> Any:
     return as_dict(pick(load_all_models(inputs.catalog), model, "model"))
 
 
-@functools.lru_cache(maxsize=4)
 def open_log(store: cube.Store) -> EventLog:
-    """Open the log of this process in a store."""
+    """Open the log of this thread in a store. A thread works on one unit at a time."""
+    return _open_log(store, threading.get_ident())
+
+
+@functools.lru_cache(maxsize=256)
+def _open_log(store: cube.Store, thread: int) -> EventLog:
+    del thread  # a key of the cache
     return EventLog(store)
