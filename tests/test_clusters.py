@@ -88,6 +88,8 @@ def test_workers_divide_requests_among_them(tmp_path):
     limits = share_requests(Limits(), load_clusters(path)["mine"], workers=4)
     assert (limits.workers, limits.connections) == (4, 2)
     source = load_sources()["earth-search"]
+    sharded = share_requests(Limits(workers=2), load_clusters(path)["mine"], workers=4)
+    assert (sharded.workers, sharded.connections) == (8, 1)  # two shards of four workers
     (shared,) = share_searches([source], limits.workers)
     assert shared.searches_per_s == source.searches_per_s / 4
     try:

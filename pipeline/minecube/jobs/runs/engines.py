@@ -67,7 +67,11 @@ def count_cores(limit: Path = _CPU_LIMIT) -> int:
 
 
 def share_requests(limits: Limits, cluster: Cluster, workers: int) -> Limits:
-    """Give a worker its part of the requests that all workers may make together."""
+    """Give a worker its part of the requests that all workers may make together.
+
+    `limits.workers` is the number of shards. Each shard has `workers`.
+    """
+    workers *= limits.workers
     connections = cluster.connections
     if connections is not None:
         connections = max(connections // workers, 1)

@@ -29,7 +29,7 @@ class Limits:
     block_fraction: float = 1.0
     """Share of the usual memory of a block, smaller after a lack of memory."""
     workers: int = 1
-    """Workers of the run, which divide the rate of searches among them."""
+    """Workers of the run and of its other shards, which divide the rate of searches among them."""
     connections: int | None = None
     """Most simultaneous requests for pixels of this worker; None: those of the source."""
     overwrite: bool = False
