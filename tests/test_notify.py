@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from known_run_failures import make_dataset
+from minecube.errors import UnansweredError
 from minecube.jobs.runs import RunOptions, Summary, run
 from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.units import Unit
@@ -138,6 +139,18 @@ def test_a_failing_notification_is_a_warning(tmp_path, world, hook, caplog, noti
         do_units(dataset, Summary(), (BUILD, GOOD))
     assert warning in caplog.text
     assert "TOKEN" not in caplog.text  # the address of a webhook is a secret
+
+
+def test_no_credentials_leave_the_driver(tmp_path, world):
+    """Tracebacks show datasets, and events show messages."""
+    hook = "https://hooks.example/services/TOKEN"
+    assert "TOKEN" not in repr(make_dataset(tmp_path, world, notify={"webhook": hook}))
+    result = Result.from_error(UnansweredError(BAD.message))
+    assert result == Result(
+        state="failed",
+        error_class="network",
+        message="https://host.example/a.tif answers HTTP 503",
+    )
 
 
 def test_nobody_is_told_without_notify(tmp_path, world):

@@ -7,14 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 
 from minecube import cube, scenes
 from minecube.catalog import Dataset, format_years
-from minecube.errors import CatalogError, WorkerError
+from minecube.errors import CatalogError, CubeError, WorkerError
 from minecube.grid import grid_of
-from minecube.jobs.failures import classify, describe_failure
+from minecube.jobs.failures import describe_failure
 from minecube.jobs.runs.engines import Engine, open_engine
 from minecube.jobs.runs.inputs import (
     Inputs,
@@ -34,7 +34,8 @@ from minecube.jobs.selection import match_names
 
 _POLL_S = 1.0
 _BUSY_S = 2.0
-"""Seconds until a unit is tried again on which another run works."""
+"""Seconds until a unit is tried again on which another run works. Each pause is twice as long."""
+_LONGEST_BUSY_S = 60.0
 _MOST_DEATHS = 3
 """Deaths of workers after which their unit has failed."""
 _READERS = 32
@@ -62,7 +63,8 @@ def run(
     with notifying(dataset, plan.summary, progress) as note:
         driver = _Driver(plan, note)
         with ExitStack() as stack:
-            driver.work(lambda: stack.enter_context(open_engine(dataset, plan.steps)))
+            sent = replace(dataset, notify=None)  # the URL of a webhook is one
+            driver.work(lambda: stack.enter_context(open_engine(sent, plan.steps)))
         if options.shard is None:
             plan.summary.unjoined = join_results(plan.inputs, plan.steps)
     plan.summary.seconds = time.monotonic() - start
@@ -134,8 +136,12 @@ class _Work:
 
     unit: Unit
     chain: _Chain
+    attempt: int = 0
+    """Number of the last attempt, over all runs."""
     deaths: int = 0
     """Workers that died on it."""
+    pause_s: float = 0.0
+    """Last pause because another run worked on it."""
     not_before: float = 0.0
 
 
@@ -203,10 +209,11 @@ class _Driver:
             run=self._run,
             threads=engine.threads,
             block_fraction=options.fractions.get(work.unit, 1.0) * 0.5**work.deaths,
+            workers=options.shard.count if options.shard else 1,
             overwrite=options.overwrite,
         )
-        attempt = self._plan.history.count_attempts(work.unit) + work.deaths + 1
-        self._running[engine.submit(work.unit, limits, attempt)] = work
+        work.attempt = self._plan.history.count_attempts(work.unit) + work.deaths + 1
+        self._running[engine.submit(work.unit, limits, work.attempt)] = work
 
     def _collect(self) -> None:
         """Take the results of units that have ended."""
@@ -233,27 +240,30 @@ class _Driver:
             if self._engine is None or not self._engine.is_death(error):
                 if not isinstance(error, Exception):
                     raise
-                text = describe_failure(error)
-                return Result(state="failed", error_class=classify(error), message=text)
+                return self._log_end(work, Result.from_error(error))
             work.deaths += 1
             if work.deaths < _MOST_DEATHS:
                 self._again.append(work)
                 return None
             return self._fail_dead(work)
         if result.state == "busy":
-            work.not_before = time.monotonic() + _BUSY_S
+            work.pause_s = min(max(2 * work.pause_s, _BUSY_S), _LONGEST_BUSY_S)
+            work.not_before = time.monotonic() + work.pause_s
             self._again.append(work)
             return None
         return result
 
     def _fail_dead(self, work: _Work) -> Result:
-        """Log that a unit has failed, in place of its dead workers."""
         result = Result(
             state="failed",
             error_class="memory",
             message=f"workers died on it {work.deaths} times, most often for lack of memory; "
             "give each worker more memory",
         )
-        attempt = self._plan.history.count_attempts(work.unit) + work.deaths
-        log_end(open_log(self._plan.inputs.store), work.unit, attempt, result)
+        return self._log_end(work, result)
+
+    def _log_end(self, work: _Work, result: Result) -> Result:
+        """Log that a unit has failed, in place of its worker."""
+        with suppress(CubeError):  # the unit may have failed because the store cannot be written
+            log_end(open_log(self._plan.inputs.store), work.unit, work.attempt, result)
         return result

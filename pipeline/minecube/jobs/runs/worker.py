@@ -26,6 +26,7 @@ from minecube.jobs.runs.steps import (
     search_scenes,
 )
 from minecube.jobs.runs.units import Unit
+from minecube.network import remove_secrets
 from minecube.reader.remote import limit_connections
 
 _PEAK = Path("/proc/self/clear_refs")  # Linux; elsewhere the peak is that of the process so far
@@ -45,6 +46,15 @@ class Result:
     requests: float = 0.0
     retried: float = 0.0
     lost: float = 0.0
+
+    @classmethod
+    def from_error(cls, error: Exception) -> Result:
+        """Describe the error that has ended an attempt, without credentials."""
+        text = remove_secrets(one_line(describe_failure(error)))
+        if isinstance(error, BusyError):
+            return cls(state="busy", message=text)
+        kind = error.error_class if isinstance(error, BuildFailedError) else classify(error)
+        return cls(state="failed", error_class=kind, message=text)
 
     @property
     def is_good(self) -> bool:
@@ -69,7 +79,7 @@ def run_unit(dataset: Dataset, unit: Unit, limits: Limits, attempt: int) -> Resu
         with hold(inputs.store, unit.lease):
             return _work_and_log(inputs, unit, limits, log, attempt)
     except BusyError as error:
-        return Result(state="busy", message=str(error))
+        return Result.from_error(error)
 
 
 def _work_and_log(
@@ -101,13 +111,8 @@ def log_end(log: EventLog, unit: Unit, attempt: int, result: Result) -> None:
 def _work(inputs: Inputs, unit: Unit, limits: Limits) -> Result:
     try:
         finding = _do_step(inputs, unit, limits)
-    except BuildFailedError as error:
-        return Result(state="failed", error_class=error.error_class, message=one_line(error))
-    except BusyError as error:
-        return Result(state="busy", message=one_line(error))
     except Exception as error:
-        text = one_line(describe_failure(error))
-        return Result(state="failed", error_class=classify(error), message=text)
+        return Result.from_error(error)
     reads: dict[str, Any] = dict(finding.reads)
     return Result(state=finding.state, **reads)
 
