@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from minecube import cube, scenes
@@ -49,8 +51,8 @@ def run(
 ) -> Summary:
     """Run all unfinished steps of a dataset. The failure of a unit stops no other site.
 
-    Workers start with the first unfinished unit. `progress` is called with each unit that ends, its
-    result, and the number of all units of this run, an upper bound.
+    Workers start with the first unfinished unit. SIGTERM ends the run as Ctrl-C does. `progress` is called
+    with each unit that ends, its result, and the number of all units of this run, an upper bound.
 
     Raises:
         CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
@@ -59,16 +61,34 @@ def run(
     """
     options = options or RunOptions()
     start = time.monotonic()
-    plan = make_plan(dataset, options)
-    with notifying(dataset, plan.summary, progress) as note:
+    summary = Summary()
+    with _interrupted_by_sigterm(), notifying(dataset, summary, progress) as note:
+        plan = make_plan(dataset, options)
+        plan.summary = summary
         driver = _Driver(plan, note)
         with ExitStack() as stack:
             sent = replace(dataset, notify=None)  # the URL of a webhook is one
             driver.work(lambda: stack.enter_context(open_engine(sent, plan.steps)))
         if options.shard is None:
-            plan.summary.unjoined = join_results(plan.inputs, plan.steps)
-    plan.summary.seconds = time.monotonic() - start
-    return plan.summary
+            summary.unjoined = join_results(plan.inputs, plan.steps)
+    summary.seconds = time.monotonic() - start
+    return summary
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt: schedulers of jobs send it at the end of a time limit.
+
+    Only the main thread can. Elsewhere, SIGTERM stays as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
