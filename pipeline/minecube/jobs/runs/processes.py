@@ -78,7 +78,7 @@ class Processes:
     def _submit_to(
         self, executor: ProcessPoolExecutor | None, task: _Task
     ) -> tuple[ProcessPoolExecutor, Future[Any]]:
-        """Submit a task to an executor, or to a new one if there is none or it is dead."""
+        """Submit a task to an executor, or to a new one in place of a dead or missing one."""
         if executor is not None:
             with suppress(BrokenProcessPool):  # it died without a task
                 return executor, executor.submit(task.function, *task.args)
