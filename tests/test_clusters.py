@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from known_builds import run_here
 from known_datasets import write_dataset
 from minecube.catalog import load_clusters, load_dataset, load_sources
 from minecube.catalog.scene_source import Access
+from minecube.cli.run import _change_engine
 from minecube.errors import CatalogError
-from minecube.jobs.runs.engines import share_requests
+from minecube.jobs.runs.engines import count_cores, share_requests
 from minecube.jobs.runs.inputs import choose_cluster
 from minecube.jobs.runs.steps import Limits, share_searches
 from minecube.reader.remote import limit_connections, remote_for
@@ -56,12 +59,37 @@ def test_the_engine_of_a_dataset_is_a_name_or_an_address(world, tmp_path):
     assert "engine slurm: expected no `workers` in the dataset, found 4" in err
 
 
+def test_another_engine_keeps_the_workers_of_this_machine_only(world, tmp_path):
+    dataset = load_dataset(write_dataset(world, tmp_path, workers=4))
+    assert _change_engine(dataset, "local") == dataset
+    assert _change_engine(dataset, "slurm").workers is None
+    assert _change_engine(dataset, "tcp://10.0.0.1:8786").workers is None
+
+
+@pytest.mark.parametrize(
+    ("content", "cores"),
+    [
+        ("100000 100000\n", 1),
+        ("50000 100000\n", 1),  # half a core
+        ("max 100000\n", len(os.sched_getaffinity(0))),
+        ("99900000 100000\n", len(os.sched_getaffinity(0))),  # more than there are
+    ],
+)
+def test_cores_are_those_of_the_container(tmp_path, content, cores):
+    limit = tmp_path / "cpu.max"
+    limit.write_text(content)
+    assert count_cores(limit) == cores
+    assert count_cores(tmp_path / "none") == len(os.sched_getaffinity(0))
+
+
 def test_workers_divide_requests_among_them(tmp_path):
     path = tmp_path / "clusters.yaml"
     path.write_text("mine: {title: Mine, kind: local, connections: 10}\n")
     limits = share_requests(Limits(), load_clusters(path)["mine"], workers=4)
     assert (limits.workers, limits.connections) == (4, 2)
     source = load_sources()["earth-search"]
+    sharded = share_requests(Limits(workers=2), load_clusters(path)["mine"], workers=4)
+    assert (sharded.workers, sharded.connections) == (8, 1)  # two shards of four workers
     (shared,) = share_searches([source], limits.workers)
     assert shared.searches_per_s == source.searches_per_s / 4
     try:

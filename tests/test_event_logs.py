@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from minecube import cube
 from minecube.cube.events import DEAD_S, PART_LINES, EventLog, read_events
 from minecube.jobs.runs.finished import list_finished, note_finished, read_finished
 from minecube.jobs.runs.history import History
+from minecube.jobs.runs.inputs import open_log
 from minecube.jobs.runs.units import Unit
 
 BUILD = {"step": "build", "site": "pit", "year": 2020}
@@ -79,6 +81,44 @@ def test_a_worker_without_a_heartbeat_is_dead_and_its_unit_interrupted(store: cu
         ("build", "pond", 2020): False,
     }
     assert units["interrupted"].tolist() == [False, True]
+
+
+def test_a_living_worker_that_has_gone_on_lost_its_unit(store: cube.Store) -> None:
+    """The end of its first unit could not be written."""
+    log = EventLog(store)
+    log.write({"event": "start", **BUILD, "attempt": 1})
+    log.write({"event": "start", **BUILD, "site": "pond", "attempt": 1})
+    units = History.from_events(read_events(store)).units
+    assert units["interrupted"].to_dict() == {
+        ("build", "pit", 2020): True,
+        ("build", "pond", 2020): False,
+    }
+    assert units["running"].tolist() == [False, True]
+
+
+def test_each_thread_has_its_own_log(store: cube.Store) -> None:
+    """Threads of one process work on several units at a time."""
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(open_log, store).result()
+    assert open_log(store) is open_log(store)
+    assert other.worker != open_log(store).worker
+
+
+def test_attempts_that_found_another_run_at_work_hide_no_failure(store: cube.Store) -> None:
+    log, other = EventLog(store), EventLog(store)
+    log.write({"event": "start", **BUILD, "attempt": 1})
+    log.write({"event": "end", **BUILD, "attempt": 1, "state": "failed", "message": "no scene"})
+    other.write({"event": "start", **BUILD, "site": "pond", "attempt": 1})
+    for _ in range(3):
+        log.write({"event": "start", **BUILD, "attempt": 2})
+        log.write({"event": "end", **BUILD, "attempt": 2, "state": "busy"})
+    history = History.from_events(read_events(store))
+    ((unit, row),) = history.failures()
+    assert (unit, row.message, row.attempts) == (Unit("build", "pit", 2020), "no scene", 1)
+    assert history.units["running"].to_dict() == {
+        ("build", "pit", 2020): False,
+        ("build", "pond", 2020): True,
+    }
 
 
 def test_a_heartbeat_touches_the_log(store: cube.Store, monkeypatch: pytest.MonkeyPatch) -> None:

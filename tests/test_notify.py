@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from known_run_failures import make_dataset
+from minecube.errors import CatalogError, UnansweredError
 from minecube.jobs.runs import RunOptions, Summary, run
 from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.units import Unit
@@ -138,6 +141,51 @@ def test_a_failing_notification_is_a_warning(tmp_path, world, hook, caplog, noti
         do_units(dataset, Summary(), (BUILD, GOOD))
     assert warning in caplog.text
     assert "TOKEN" not in caplog.text  # the address of a webhook is a secret
+
+
+def test_an_error_before_the_first_unit_is_told(tmp_path, world, hook):
+    dataset = make_dataset(tmp_path, world, notify={"webhook": url_of(hook)})
+    with pytest.raises(CatalogError, match="atlantis"):
+        run(dataset, RunOptions(sites="atlantis"))
+    ((_, _, content),) = hook.received
+    message = json.loads(content)
+    assert message["event"] == "stopped"
+    assert "atlantis" in message["reason"]
+
+
+def test_sigterm_stops_the_run_and_is_told(tmp_path, world, hook):
+    dataset = make_dataset(tmp_path, world, notify={"webhook": url_of(hook)})
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, RunOptions(only=("search",)), lambda *_: signal.raise_signal(signal.SIGTERM))
+    assert json.loads(hook.received[-1][2])["event"] == "stopped"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_message_that_cannot_be_written_stops_no_later_one(tmp_path, world, hook, caplog):
+    """File names may hold bytes that are no text."""
+    dataset = make_dataset(tmp_path, world, notify={"webhook": url_of(hook)})
+    summary = Summary()
+    with notifying(dataset, summary, lambda *_: None) as progress:
+        summary.results[BUILD] = replace(BAD, message="\udcff.tif: no such file")
+        progress(BUILD, BAD, 1)
+        until = time.monotonic() + 60
+        while "no message for 'first failure'" not in caplog.text and time.monotonic() < until:
+            time.sleep(0.01)
+        del summary.results[BUILD]
+    assert [json.loads(content)["event"] for _, _, content in hook.received] == ["finished"]
+
+
+def test_no_credentials_leave_the_driver(tmp_path, world):
+    """Tracebacks show datasets, and events show messages."""
+    hook = "https://hooks.example/services/TOKEN"
+    assert "TOKEN" not in repr(make_dataset(tmp_path, world, notify={"webhook": hook}))
+    result = Result.from_error(UnansweredError(BAD.message))
+    assert result == Result(
+        state="failed",
+        error_class="network",
+        message="https://host.example/a.tif answers HTTP 503",
+    )
 
 
 def test_nobody_is_told_without_notify(tmp_path, world):

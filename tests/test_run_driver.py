@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from known_runs import dataset_in
-from minecube.errors import WorkerError
+from minecube.cube import Store
+from minecube.cube.events import read_events
+from minecube.errors import CubeError, WorkerError
 from minecube.jobs.runs import RunOptions, driver
+from minecube.jobs.runs.history import History
 from minecube.jobs.runs.steps import Limits
-from minecube.jobs.runs.units import Unit
+from minecube.jobs.runs.units import Shard, Unit
 from minecube.jobs.runs.worker import Result
 
 Behave = Callable[[Unit, int], Result]
@@ -56,9 +59,12 @@ class ScriptedEngine:
         pass
 
 
-def drive(folder: Path, world: Path, behave: Behave) -> tuple[ScriptedEngine, driver.Summary]:
+def drive(
+    folder: Path, world: Path, behave: Behave, shard: Shard | None = None
+) -> tuple[ScriptedEngine, driver.Summary]:
     """Send searches and builds of the tiny dataset through a scripted engine."""
-    plan = driver.make_plan(dataset_in(folder, world), RunOptions(only=("search", "build")))
+    options = RunOptions(only=("search", "build"), shard=shard)
+    plan = driver.make_plan(dataset_in(folder, world), options)
     engine = ScriptedEngine(behave)
     driver._Driver(plan, lambda *_: None).work(lambda: engine)
     return engine, plan.summary
@@ -125,3 +131,42 @@ def test_an_error_of_the_engine_fails_its_unit_only(tmp_path: Path, run_world: P
     assert {result.error_class for result in summary.failures.values()} == {"disk"}
     assert summary.blocked == {"build": 2}
     assert summary.count("build") == 2
+
+
+def test_a_failure_outside_its_unit_is_logged_without_credentials(
+    tmp_path: Path, run_world: Path
+) -> None:
+    def behave(unit: Unit, _: int) -> Result:
+        if unit.site == "pit":
+            raise CubeError("https://me:word@host.example/a.tif?sig=SECRET answers HTTP 503")
+        return Result(state="done")
+
+    _, summary = drive(tmp_path, run_world, behave)
+    text = "https://host.example/a.tif answers HTTP 503"
+    assert {result.message for result in summary.failures.values()} == {text}
+    history = History.from_events(read_events(Store(str(tmp_path / "cubes.zarr"))))
+    failures = {unit: row.message for unit, row in history.failures()}
+    searches = [Unit("search", "pit", year) for year in (2020, 2021)]
+    assert failures == dict.fromkeys(searches, text)
+
+
+def test_shards_divide_requests_among_them(tmp_path: Path, run_world: Path) -> None:
+    def behave(*_: object) -> Result:
+        return Result(state="done")
+
+    engine, _ = drive(tmp_path, run_world, behave, Shard(1, 2))
+    assert {limits.workers for _, limits, _ in engine.submitted} == {2}
+    engine, _ = drive(tmp_path, run_world, behave)
+    assert {limits.workers for _, limits, _ in engine.submitted} == {1}
+
+
+def test_pauses_of_a_busy_unit_grow_to_a_minute(tmp_path: Path, run_world: Path) -> None:
+    plan = driver.make_plan(dataset_in(tmp_path, run_world), RunOptions(only=("search",)))
+    work = driver._Work(Unit("search", "pit", 2020), driver._Chain(iter([])))
+    pauses = []
+    for _ in range(7):
+        future: Future[Result] = Future()
+        future.set_result(Result(state="busy"))
+        assert driver._Driver(plan, lambda *_: None)._read_result(future, work) is None
+        pauses.append(work.pause_s)
+    assert pauses == [2, 4, 8, 16, 32, 60, 60]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 
 import pytest
 
@@ -31,6 +33,24 @@ def square(number: int) -> int:
 def pid_after(seconds: float) -> int:
     time.sleep(seconds)
     return os.getpid()
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """This process can open no file, pipe or socket."""
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def die_after(seconds: float) -> None:
+    time.sleep(seconds)
+    die()
 
 
 def die() -> None:
@@ -77,3 +97,24 @@ def test_a_process_that_died_without_a_task_is_replaced(processes: Processes) ->
 def test_no_more_processes_than_asked_for_work_at_once(processes: Processes) -> None:
     pids = {processes.submit(pid_after, 0.05) for _ in range(10)}
     assert len({future.result(60) for future in pids}) <= 2
+
+
+def test_tasks_fail_if_no_process_can_be_started(processes: Processes) -> None:
+    """Later tasks run once a process can be started again."""
+    with no_more_files():
+        futures = [processes.submit(square, number) for number in range(3)]
+        assert [type(future.exception(60)) for future in futures] == [OSError] * 3
+    assert processes.submit(square, 3).result(60) == 9
+
+
+def test_a_dead_process_that_cannot_be_replaced_fails_the_next_task() -> None:
+    """Both futures end, so no one waits for ever."""
+    start_fork_server()
+    single = Processes(1, multiprocessing.get_context("forkserver"))
+    dead = single.submit(die_after, 1.0)
+    waiting = single.submit(square, 3)
+    with no_more_files():
+        assert isinstance(dead.exception(60), BrokenProcessPool)
+        assert isinstance(waiting.exception(60), OSError)
+    assert single.submit(square, 3).result(60) == 9
+    single.kill()

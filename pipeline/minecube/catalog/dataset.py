@@ -141,8 +141,8 @@ class Notification:
 
     command: str | None = None
     """Shell command; it reads the summary from standard input."""
-    webhook: str | None = None
-    """URL that receives the summary by POST."""
+    webhook: str | None = dataclasses.field(default=None, repr=False)
+    """URL that receives the summary by POST. Its path is often a secret."""
     stall_minutes: float = 60
     """A run without a finished task for this long has stalled."""
 

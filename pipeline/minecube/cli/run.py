@@ -17,6 +17,7 @@ from minecube.errors import CatalogError
 from minecube.jobs.runs import RunOptions, Summary
 from minecube.jobs.runs import run as run_dataset
 from minecube.jobs.runs.driver import make_plan
+from minecube.jobs.runs.inputs import choose_cluster
 from minecube.jobs.runs.summary import Progress
 from minecube.jobs.runs.units import Shard, Unit, list_steps
 from minecube.jobs.runs.worker import Result
@@ -104,7 +105,7 @@ def run(
     if dataset is None:
         raise click.UsageError("expected DATASET, a dataset.yaml; --init FILE writes one")
     if engine is not None:
-        dataset = replace(dataset, engine=engine, workers=None)
+        dataset = _change_engine(dataset, engine)
     if dry_run:
         plan = make_plan(dataset, options)
         rows = [(step, *counts) for step, counts in plan.preview().items()]
@@ -116,6 +117,14 @@ def run(
         summary = run_dataset(dataset, options, report_to(bar))
     print_summary(summary, list_steps(dataset, options.only))
     click.get_current_context().exit(summary.exit_code)
+
+
+def _change_engine(dataset: Dataset, engine: str) -> Dataset:
+    """Replace the engine. `workers` of the dataset is for processes of this machine only."""
+    changed = replace(dataset, engine=engine, workers=None)
+    if choose_cluster(changed).kind == "local":
+        return replace(changed, workers=dataset.workers)
+    return changed
 
 
 def report_to(bar: Bar) -> Progress:

@@ -5,8 +5,8 @@
                                                   parts of up to `PART_LINES` lines, the last one
                                                   written again with each line
 
-A worker is one process. While it works, it touches its log every `BEAT_S` seconds. A log that has
-not changed for `DEAD_S` seconds belongs to a dead worker.
+A worker is one thread of a process. It works on one unit at a time. While it works, it touches its
+log every `BEAT_S` seconds. A log that has not changed for `DEAD_S` seconds belongs to a dead worker.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _now() -> str:
 
 
 class EventLog:
-    """The log of this process in one store."""
+    """The log of one worker in one store."""
 
     def __init__(self, store: Store) -> None:
         self.worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"

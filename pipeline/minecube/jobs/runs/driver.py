@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import secrets
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 
 from minecube import cube, scenes
 from minecube.catalog import Dataset, format_years
 from minecube.errors import CatalogError, CubeError, WorkerError
 from minecube.grid import grid_of
-from minecube.jobs.failures import classify, describe_failure
+from minecube.jobs.failures import describe_failure
 from minecube.jobs.runs.engines import Engine, open_engine
-from minecube.jobs.runs.inputs import Inputs, check_inputs, load_inputs, open_log
+from minecube.jobs.runs.inputs import (
+    Inputs,
+    check_inputs,
+    forget_inputs,
+    load_inputs,
+    open_log,
+)
 from minecube.jobs.runs.joins import join_results
 from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.plan import Barrier, Plan
@@ -27,7 +36,8 @@ from minecube.jobs.selection import match_names
 
 _POLL_S = 1.0
 _BUSY_S = 2.0
-"""Seconds until a unit is tried again on which another run works."""
+"""Seconds until a unit is tried again on which another run works. Each pause is twice as long."""
+_LONGEST_BUSY_S = 60.0
 _MOST_DEATHS = 3
 """Deaths of workers after which their unit has failed."""
 _READERS = 32
@@ -41,8 +51,8 @@ def run(
 ) -> Summary:
     """Run all unfinished steps of a dataset. The failure of a unit stops no other site.
 
-    Workers start with the first unfinished unit. `progress` is called with each unit that ends, its
-    result, and the number of all units of this run, an upper bound.
+    Workers start with the first unfinished unit. SIGTERM ends the run as Ctrl-C does. `progress` is called
+    with each unit that ends, its result, and the number of all units of this run, an upper bound.
 
     Raises:
         CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
@@ -51,15 +61,34 @@ def run(
     """
     options = options or RunOptions()
     start = time.monotonic()
-    plan = make_plan(dataset, options)
-    with notifying(dataset, plan.summary, progress) as note:
+    summary = Summary()
+    with _interrupted_by_sigterm(), notifying(dataset, summary, progress) as note:
+        plan = make_plan(dataset, options)
+        plan.summary = summary
         driver = _Driver(plan, note)
         with ExitStack() as stack:
-            driver.work(lambda: stack.enter_context(open_engine(dataset, plan.steps)))
+            sent = replace(dataset, notify=None)  # the URL of a webhook is one
+            driver.work(lambda: stack.enter_context(open_engine(sent, plan.steps)))
         if options.shard is None:
-            plan.summary.unjoined = join_results(plan.inputs, plan.steps)
-    plan.summary.seconds = time.monotonic() - start
-    return plan.summary
+            summary.unjoined = join_results(plan.inputs, plan.steps)
+    summary.seconds = time.monotonic() - start
+    return summary
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt: schedulers of jobs send it at the end of a time limit.
+
+    Only the main thread can. Elsewhere, SIGTERM stays as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
@@ -67,6 +96,7 @@ def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
 
     Raises as `run` does.
     """
+    forget_inputs()
     inputs = load_inputs(dataset)
     scenes.check_years(dataset.years)
     check_inputs(inputs)
@@ -145,8 +175,12 @@ class _Work:
 
     unit: Unit
     chain: _Chain
+    attempt: int = 0
+    """Number of the last attempt, over all runs."""
     deaths: int = 0
     """Workers that died on it."""
+    pause_s: float = 0.0
+    """Last pause because another run worked on it."""
     not_before: float = 0.0
 
 
@@ -155,6 +189,7 @@ class _Driver:
 
     def __init__(self, plan: Plan, progress: Progress) -> None:
         self._plan = plan
+        self._run = secrets.token_hex(8)
         self._progress = progress
         self._ready = deque(_Chain(plan.walk(site)) for site in plan.sites)
         self._parked: list[_Chain] = []
@@ -210,12 +245,14 @@ class _Driver:
     def _submit(self, engine: Engine, work: _Work) -> None:
         options = self._plan.options
         limits = Limits(
+            run=self._run,
             threads=engine.threads,
             block_fraction=options.fractions.get(work.unit, 1.0) * 0.5**work.deaths,
+            workers=options.shard.count if options.shard else 1,
             overwrite=options.overwrite,
         )
-        attempt = self._plan.history.count_attempts(work.unit) + work.deaths + 1
-        self._running[engine.submit(work.unit, limits, attempt)] = work
+        work.attempt = self._plan.history.count_attempts(work.unit) + work.deaths + 1
+        self._running[engine.submit(work.unit, limits, work.attempt)] = work
 
     def _collect(self) -> None:
         """Take the results of units that have ended."""
@@ -242,27 +279,30 @@ class _Driver:
             if self._engine is None or not self._engine.is_death(error):
                 if not isinstance(error, Exception):
                     raise
-                text = describe_failure(error)
-                return Result(state="failed", error_class=classify(error), message=text)
+                return self._log_end(work, Result.from_error(error))
             work.deaths += 1
             if work.deaths < _MOST_DEATHS:
                 self._again.append(work)
                 return None
             return self._fail_dead(work)
         if result.state == "busy":
-            work.not_before = time.monotonic() + _BUSY_S
+            work.pause_s = min(max(2 * work.pause_s, _BUSY_S), _LONGEST_BUSY_S)
+            work.not_before = time.monotonic() + work.pause_s
             self._again.append(work)
             return None
         return result
 
     def _fail_dead(self, work: _Work) -> Result:
-        """Log that a unit has failed, in place of its dead workers."""
         result = Result(
             state="failed",
             error_class="memory",
             message=f"workers died on it {work.deaths} times, most often for lack of memory; "
             "give each worker more memory",
         )
-        attempt = self._plan.history.count_attempts(work.unit) + work.deaths
-        log_end(open_log(self._plan.inputs.store), work.unit, attempt, result)
+        return self._log_end(work, result)
+
+    def _log_end(self, work: _Work, result: Result) -> Result:
+        """Log that a unit has failed, in place of its worker."""
+        with suppress(CubeError):  # the unit may have failed because the store cannot be written
+            log_end(open_log(self._plan.inputs.store), work.unit, work.attempt, result)
         return result

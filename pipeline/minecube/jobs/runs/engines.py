@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Protocol
 
 from minecube.catalog import Cluster, Dataset
@@ -48,13 +49,29 @@ class Engine(Protocol):
         """Stop at once. Units in work are lost."""
 
 
-def count_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+"""CPU time of this container in microseconds, and the period it is for: `200000 100000`."""
+
+
+def count_cores(limit: Path = _CPU_LIMIT) -> int:
+    """Count the cores that this process may use: by its affinity and its container's limit."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    if not limit.exists():  # no Linux, or no container
+        return cores
+    quota, period = limit.read_text().split()
+    if quota == "max":
+        return cores
+    return max(min(cores, int(quota) // int(period)), 1)
 
 
 def share_requests(limits: Limits, cluster: Cluster, workers: int) -> Limits:
-    """Give a worker its part of the requests that all workers may make together."""
+    """Give a worker its part of the requests that all workers may make together.
+
+    `limits.workers` is the number of shards. Each shard has `workers`.
+    """
+    workers *= limits.workers
     connections = cluster.connections
     if connections is not None:
         connections = max(connections // workers, 1)

@@ -30,21 +30,23 @@ class History:
         """Sum up events.
 
         A unit is running if its last event is a start by a living worker. If that worker is dead,
-        the attempt was interrupted.
+        or has gone on to another unit, the attempt was interrupted.
         """
-        table = events.table
+        table = _drop_busy(events.table)
         starts = table[table["event"] == "start"]
         attempts = starts.groupby(KEYS).size().rename("attempts")
-        last = table.drop_duplicates(KEYS, keep="last").set_index(KEYS)
+        newest_of_workers = events.table.drop_duplicates("worker", keep="last").index
+        last = table.drop_duplicates(KEYS, keep="last")
+        last = last.assign(is_newest=last.index.isin(newest_of_workers)).set_index(KEYS)
         ends = table[table["event"] == "end"].drop_duplicates(KEYS, keep="last").set_index(KEYS)
         units = ends.drop(columns=["event", "attempt"]).reindex(last.index)
         repeated = units.select_dtypes("category").columns
         units = units.astype(dict.fromkeys(repeated, object))
         open_ = last["event"] == "start"
-        alive = last["worker"].isin(events.alive)
+        works = last["worker"].isin(events.alive) & last["is_newest"]
         units["attempts"] = attempts.reindex(units.index).fillna(0).astype(int)
-        units["running"] = open_ & alive
-        units["interrupted"] = open_ & ~alive
+        units["running"] = open_ & works
+        units["interrupted"] = open_ & ~works
         lacked = table[(table["event"] == "end") & (table["error_class"] == "memory")]
         failures = lacked.groupby(KEYS).size()
         units["memory_failures"] = failures.reindex(units.index).fillna(0).astype(int)
@@ -77,3 +79,11 @@ class History:
         if key not in self.units.index:
             return missing
         return self.units.loc[key, column]
+
+
+def _drop_busy(table: pd.DataFrame) -> pd.DataFrame:
+    """Leave out attempts that found another run at work. That run logs the unit."""
+    busy = table["state"] == "busy"
+    # A worker logs one unit at a time: its event before a busy end is the start of the attempt.
+    begun = busy.groupby(table["worker"], observed=True).shift(-1, fill_value=False)
+    return table[~busy & ~begun]

@@ -1,12 +1,14 @@
-"""Load what the steps of a run need, once per process."""
+"""Load what the steps of a run need, once per process and run."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import geopandas as gpd
 
@@ -26,6 +28,42 @@ from minecube.jobs.catalogs import (
 from minecube.jobs.scene_lists import default_folder
 from minecube.jobs.selection import SiteChoice, choose_sites
 from minecube.places import Place, place_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_caches: list[Any] = []
+_run = ""
+"""Id of the last run that worked in this process."""
+_lock = threading.Lock()
+
+
+def cached_for_run(maxsize: int) -> Callable[[F], F]:
+    """Cache the results of a function until `forget_inputs`."""
+
+    def decorate(function: F) -> F:
+        cached: Any = functools.lru_cache(maxsize)(function)
+        _caches.append(cached)
+        return cast("F", cached)
+
+    return decorate
+
+
+def forget_inputs() -> None:
+    """Forget all loaded files. They are read again, because they may have changed."""
+    for cache in _caches:
+        cache.cache_clear()
+
+
+def join_run(run: str) -> None:
+    """Forget what this process has loaded for another run.
+
+    Workers of a Dask scheduler outlive the run.
+    """
+    global _run
+    with _lock:
+        if run != _run:
+            forget_inputs()
+            _run = run
 
 
 @dataclass(frozen=True)
@@ -56,7 +94,7 @@ def _catalog_of(dataset: Dataset) -> Place | None:
     return None if dataset.catalog is None else place_of(dataset.catalog)
 
 
-@functools.lru_cache(maxsize=2)
+@cached_for_run(maxsize=2)
 def load_inputs(dataset: Dataset) -> Inputs:
     """Load a dataset's sites, sources and recipe.
 
@@ -115,7 +153,7 @@ def check_inputs(inputs: Inputs) -> None:
         identify_model(inputs, model.file)
 
 
-@functools.lru_cache(maxsize=2)
+@cached_for_run(maxsize=2)
 def load_polygons(source: LabelInput, sites: tuple[str, ...]) -> gpd.GeoDataFrame:
     """Load mine polygons, with the dataset's names of sites.
 
@@ -126,7 +164,7 @@ def load_polygons(source: LabelInput, sites: tuple[str, ...]) -> gpd.GeoDataFram
     return labels.match_sites(polygons, sites, file)
 
 
-@functools.lru_cache(maxsize=64)
+@cached_for_run(maxsize=64)
 def hash_file(path: str) -> str:
     """Return the SHA-256 of a file, the same for the whole run."""
     return hashlib.sha256(place_of(path).read_bytes()).hexdigest()
@@ -144,7 +182,12 @@ def identify_model(inputs: Inputs, model: str) -> Any:
     return as_dict(pick(load_all_models(inputs.catalog), model, "model"))
 
 
-@functools.lru_cache(maxsize=4)
 def open_log(store: cube.Store) -> EventLog:
-    """Open the log of this process in a store."""
+    """Open the log of this thread in a store. A thread works on one unit at a time."""
+    return _open_log(store, threading.get_ident())
+
+
+@functools.lru_cache(maxsize=256)
+def _open_log(store: cube.Store, thread: int) -> EventLog:
+    del thread  # a key of the cache
     return EventLog(store)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 from minecube import models
 from minecube.cube.views import model_digest
 from minecube.digests import sha256_of_json
 from minecube.jobs.catalogs import load_all_models
 from minecube.jobs.predict import MapOptions, map_site
-from minecube.jobs.runs.inputs import Inputs
+from minecube.jobs.runs.inputs import Inputs, cached_for_run
 from minecube.places import Place
 
 
-@functools.lru_cache(maxsize=4)
+@cached_for_run(maxsize=4)
 def _load_mapper(model: str, catalog: Place | None, device: str) -> models.Mapper:
     # One thread on a CPU: the last bits of a map depend on the number of threads.
     compute = models.Compute(device=device, workers=1)

@@ -71,7 +71,13 @@ class Notifier:
         while (event := self._wait(has_stalled)) != "":
             has_stalled = event == "stalled"
             if event is not None:
-                send(self._settings, self._describe(event))
+                self._send(event)
+
+    def _send(self, event: str) -> None:
+        try:
+            send(self._settings, self._describe(event))
+        except Exception as error:  # text that JSON cannot hold, for example
+            log.warning("notify: no message for %r: %s", event, describe_failure(error))
 
     def _describe(self, event: str) -> dict[str, Any]:
         return {

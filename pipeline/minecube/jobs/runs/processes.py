@@ -35,7 +35,8 @@ class Processes:
     ) -> None:
         self._context = context
         self._initializer = initializer
-        self._idle = [self._make_executor() for _ in range(count)]
+        self._idle: list[ProcessPoolExecutor | None] = [None] * count
+        """Executors without a task; None: not yet made."""
         self._busy: set[ProcessPoolExecutor] = set()
         self._waiting: deque[_Task] = deque()
         self._lock = threading.Lock()
@@ -46,7 +47,7 @@ class Processes:
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Hand a task to the next free process.
 
-        The future raises BrokenProcessPool if the process dies.
+        The future raises BrokenProcessPool if the process dies, and OSError if none can be started.
         """
         task = _Task(function, args, Future())
         with self._lock:
@@ -60,16 +61,34 @@ class Processes:
             with self._lock:
                 if not (self._idle and self._waiting):
                     return
-                executor = self._idle.pop()  # the one that worked last: it has warm caches
+                idle = self._idle.pop()  # the one that worked last: it has warm caches
                 task = self._waiting.popleft()
+                failure: Exception | None = None
                 try:
-                    started = executor.submit(task.function, *task.args)
-                except BrokenProcessPool:  # it died without a task
-                    executor.shutdown(wait=False)
-                    executor = self._make_executor()
-                    started = executor.submit(task.function, *task.args)
-                self._busy.add(executor)
-            self._pass_on(started, task, executor)
+                    executor, started = self._submit_to(idle, task)
+                    self._busy.add(executor)
+                except Exception as error:  # too many open files, for example
+                    self._idle.append(None)
+                    failure = error
+            if failure is None:
+                self._pass_on(started, task, executor)
+            else:
+                task.future.set_exception(failure)
+
+    def _submit_to(
+        self, executor: ProcessPoolExecutor | None, task: _Task
+    ) -> tuple[ProcessPoolExecutor, Future[Any]]:
+        """Submit a task to an executor, or to a new one in place of a dead or missing one."""
+        if executor is not None:
+            with suppress(BrokenProcessPool):  # it died without a task
+                return executor, executor.submit(task.function, *task.args)
+            executor.shutdown(wait=False)
+        executor = self._make_executor()
+        try:
+            return executor, executor.submit(task.function, *task.args)
+        except Exception:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
 
     def _pass_on(self, started: Future[Any], task: _Task, executor: ProcessPoolExecutor) -> None:
         """Pass a task's end on to its future, and its process to the next task."""
@@ -79,27 +98,27 @@ class Processes:
             with self._lock:
                 self._busy.discard(executor)
                 is_dead = isinstance(error, BrokenProcessPool)
-                self._idle.append(self._make_executor() if is_dead else executor)
-            self._start_tasks()
+                self._idle.append(None if is_dead else executor)
             if ended.cancelled():
                 task.future.cancel()
             elif error is not None:
                 task.future.set_exception(error)
             else:
                 task.future.set_result(ended.result())
+            self._start_tasks()
 
         started.add_done_callback(end)
 
     def shutdown(self) -> None:
         """End all processes. No task is in work."""
-        for executor in self._idle:
+        for executor in filter(None, self._idle):
             executor.shutdown(wait=True)
 
     def kill(self) -> None:
         """Kill all processes. Waiting tasks never start; the futures of others fail."""
         with self._lock:
             self._waiting.clear()
-            executors = [*self._idle, *self._busy]
+            executors = [*filter(None, self._idle), *self._busy]
         for executor in executors:
             for process in list((executor._processes or {}).values()):
                 with suppress(ProcessLookupError):

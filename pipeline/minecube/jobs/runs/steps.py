@@ -19,14 +19,17 @@ _COUNTED = ("bytes", "requests", "retried", "lost")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one attempt on a worker."""
+    """Limits of one attempt on a worker, and its run."""
+
+    run: str = ""
+    """Random id of the run. Workers load the inputs again for each run."""
 
     threads: int = 1
     """Threads that compute blocks of a composite."""
     block_fraction: float = 1.0
     """Share of the usual memory of a block, smaller after a lack of memory."""
     workers: int = 1
-    """Workers of the run, which divide the rate of searches among them."""
+    """Workers of the run and of its other shards, which divide the rate of searches among them."""
     connections: int | None = None
     """Most simultaneous requests for pixels of this worker; None: those of the source."""
     overwrite: bool = False

@@ -16,7 +16,7 @@ from minecube.cube.events import EventLog
 from minecube.cube.locks import hold
 from minecube.errors import BusyError
 from minecube.jobs.failures import classify, describe_failure, one_line
-from minecube.jobs.runs.inputs import Inputs, load_inputs, open_log
+from minecube.jobs.runs.inputs import Inputs, join_run, load_inputs, open_log
 from minecube.jobs.runs.site_steps import finish_step, make_step, read_site_commits
 from minecube.jobs.runs.steps import (
     BuildFailedError,
@@ -26,6 +26,7 @@ from minecube.jobs.runs.steps import (
     search_scenes,
 )
 from minecube.jobs.runs.units import Unit
+from minecube.network import remove_secrets
 from minecube.reader.remote import limit_connections
 
 _PEAK = Path("/proc/self/clear_refs")  # Linux; elsewhere the peak is that of the process so far
@@ -46,6 +47,15 @@ class Result:
     retried: float = 0.0
     lost: float = 0.0
 
+    @classmethod
+    def from_error(cls, error: Exception) -> Result:
+        """Describe the error that has ended an attempt, without credentials."""
+        text = remove_secrets(one_line(describe_failure(error)))
+        if isinstance(error, BusyError):
+            return cls(state="busy", message=text)
+        kind = error.error_class if isinstance(error, BuildFailedError) else classify(error)
+        return cls(state="failed", error_class=kind, message=text)
+
     @property
     def is_good(self) -> bool:
         """Whether the unit has its outputs."""
@@ -62,13 +72,14 @@ def run_unit(dataset: Dataset, unit: Unit, limits: Limits, attempt: int) -> Resu
         CatalogError: the dataset cannot be loaded here.
     """
     limit_connections(limits.connections)
+    join_run(limits.run)
     inputs = load_inputs(dataset)
     log = open_log(inputs.store)
     try:
         with hold(inputs.store, unit.lease):
             return _work_and_log(inputs, unit, limits, log, attempt)
     except BusyError as error:
-        return Result(state="busy", message=str(error))
+        return Result.from_error(error)
 
 
 def _work_and_log(
@@ -100,13 +111,8 @@ def log_end(log: EventLog, unit: Unit, attempt: int, result: Result) -> None:
 def _work(inputs: Inputs, unit: Unit, limits: Limits) -> Result:
     try:
         finding = _do_step(inputs, unit, limits)
-    except BuildFailedError as error:
-        return Result(state="failed", error_class=error.error_class, message=one_line(error))
-    except BusyError as error:
-        return Result(state="busy", message=one_line(error))
     except Exception as error:
-        text = one_line(describe_failure(error))
-        return Result(state="failed", error_class=classify(error), message=text)
+        return Result.from_error(error)
     reads: dict[str, Any] = dict(finding.reads)
     return Result(state=finding.state, **reads)
 
