@@ -109,7 +109,11 @@ def describe_marker(year: int) -> dict[str, Any]:
         "version": metadata.version("minecube"),
         "recipe": as_dict(load_recipes()["annual-median"]),
         "snapshot": "0" * 64,
-        "grid": {"shape": [250, 250]},
+        "grid": {
+            "crs": "EPSG:32632",
+            "transform": [10.0, 0.0, 500_040.0, 0.0, -10.0, 5_000_040.0],
+            "shape": [250, 250],
+        },
         "reads": {"planned": 900, "lost": 0, "bytes": 3e7, "requests": 900, "completeness": 1.0},
         "took": {"seconds": 60.0},
         "scenes": [scene] * _SCENES,

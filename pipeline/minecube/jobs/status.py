@@ -25,7 +25,8 @@ from minecube.cube.events import RUNS, Events, read_events
 from minecube.cube.read.summaries import Commit, list_commits, read_commits
 from minecube.grid import area_of
 from minecube.jobs.runs.history import History
-from minecube.jobs.runs.inputs import load_inputs
+from minecube.jobs.runs.inputs import Inputs, forget_inputs, load_inputs
+from minecube.jobs.runs.site_steps import is_finished, make_step, read_site_commits
 from minecube.jobs.runs.states import StaleCheck
 from minecube.jobs.runs.units import SITE_STEPS, list_steps
 
@@ -34,6 +35,8 @@ STATES = ("done", "gaps", "stale", "running", "failed", "interrupted", "to do")
 from other inputs. interrupted: its worker died. to do: not tried yet."""
 _KM2_PER_PIXEL = 1e-4
 _MADE_OF_BUILDS = ("predict", "tracks", "score", "export")
+_MOST_CHECKED = 2000
+"""Most sites whose steps are compared with their inputs and outputs; of more, with times."""
 _RATE_WINDOW = timedelta(hours=1)
 
 
@@ -92,6 +95,7 @@ def read_status(dataset: Dataset) -> Status:
         CatalogError: a name or file of the dataset is unknown or missing.
         CubeError: the store cannot be read.
     """
+    forget_inputs()
     inputs = load_inputs(dataset)
     keys = list(itertools.product(inputs.sites, dataset.years))
     commits = read_commits(inputs.store, keys)
@@ -99,7 +103,19 @@ def read_status(dataset: Dataset) -> Status:
     reasons = {key: reason for key, commit in commits.items() if (reason := check.explain(commit))}
     steps = [step for step in list_steps(dataset) if step in SITE_STEPS]
     terms = Terms.load(Path(dataset.prices)) if dataset.prices else Terms()
-    return _Reader(inputs.store, keys, commits, reasons).read(dataset.id, steps, terms)
+    finished = None
+    if len(inputs.sites) <= _MOST_CHECKED:
+        finished = {step: _check_sites(inputs, step) for step in steps}
+    reader = _Reader(inputs.store, keys, commits, reasons, finished)
+    return reader.read(dataset.id, steps, terms)
+
+
+def _check_sites(inputs: Inputs, step: str) -> dict[str, bool]:
+    """Check for each site whether a step is finished, as `run` does."""
+    return {
+        site: is_finished(step, make_step(step, inputs, site, read_site_commits(inputs, site)))
+        for site in inputs.sites
+    }
 
 
 def read_store_status(store: cube.Store) -> Status:
@@ -124,6 +140,8 @@ class _Reader:
     commits: Mapping[tuple[str, int], Commit]
     reasons: Mapping[tuple[str, int], str]
     """Why committed site-years are stale."""
+    finished: Mapping[str, Mapping[str, bool]] | None = None
+    """Step -> site -> whether it is finished; None: the times of notes and builds decide."""
 
     def read(
         self, name: str, steps: Iterable[str], terms: Terms, events: Events | None = None
@@ -204,9 +222,12 @@ class _Reader:
             tried = history[history["step"] == step].set_index("site")
             states = pd.Series("", index=sites)
             for site in sites:
-                if site in finished:
-                    is_old = step in _MADE_OF_BUILDS and finished[site] < built.get(site, 0.0)
-                    states[site] = "stale" if is_old else "done"
+                if site not in finished:
+                    continue
+                is_current = step not in _MADE_OF_BUILDS or finished[site] >= built.get(site, 0.0)
+                if self.finished is not None:
+                    is_current = self.finished[step][site]
+                states[site] = "done" if is_current else "stale"
             states[states.index.isin(tried.index[tried["state"] == "failed"])] = "failed"
             states[states.index.isin(tried.index[tried["interrupted"]])] = "interrupted"
             states[states.index.isin(tried.index[tried["running"]])] = "running"

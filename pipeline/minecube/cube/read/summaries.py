@@ -38,25 +38,26 @@ class Commit:
     version: str
     """Version of minecube."""
     recipe: Mapping[str, Any]
-    snapshot: str
-    """Hash of the year's scene list."""
-    pixels: int
-    """Pixels of the grid."""
-    reads: Mapping[str, float]
-    """As from `reader.Ledger.totals`; empty for stores of early versions."""
-    seconds: float
+    grid: tuple[Any, ...]
+    """CRS, transform and shape, as in `provenance.describe_grid`."""
+    lost: int
+    """Number of lost reads."""
+    completeness: float
+    """Share of successful reads."""
     offset_rule: str | None
     """How offsets in conflict with pixels were treated; None if there was no conflict."""
 
     @property
-    def lost(self) -> int:
-        """Number of lost reads."""
-        return int(self.reads.get("lost", 0))
+    def pixels(self) -> int:
+        """Number of pixels of the grid."""
+        height, width = self.grid[2]
+        return int(height * width)
 
-    @property
-    def completeness(self) -> float:
-        """Share of successful reads."""
-        return completeness_of({"reads": self.reads})
+
+def grid_key(description: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return a grid's entry in a provenance as a tuple, as in `Commit.grid`."""
+    transform = tuple(map(float, description["transform"]))
+    return description["crs"], transform, tuple(description["shape"])
 
 
 def read_commits(
@@ -72,11 +73,11 @@ def read_commits(
     Raises:
         CubeError: a marker is damaged, or the store cannot be read.
     """
-    recipes: dict[str, Any] = {}
+    shared: dict[Any, Any] = {}
     commits = {}
     for (site, year), content in _read_all(store, site_years):
         try:
-            commit = _parse(store, site, year, content, recipes)
+            commit = _parse(store, site, year, content, shared)
         except CubeError as error:
             if damaged is None:
                 raise
@@ -116,21 +117,21 @@ def _read_all(
 
 
 def _parse(
-    store: Store, site: str, year: int, content: bytes, recipes: dict[str, Any]
+    store: Store, site: str, year: int, content: bytes, shared: dict[Any, Any]
 ) -> Commit | None:
     """Parse a marker; None if the year is not committed.
 
-    `recipes` holds each recipe once, since most site-years share one.
+    `shared` holds each recipe and grid once, since most site-years share them.
     """
     try:
         marker = orjson.loads(content)["attributes"]
         if PLACING in marker or "build_id" not in marker:
             return None
         recipe = marker["recipe"]
-        known = recipes.setdefault(recipe["id"], recipe)
+        known = shared.setdefault(recipe["id"], recipe)
         if known == recipe:
             recipe = known
-        height, width = marker["grid"]["shape"]
+        grid = grid_key(marker["grid"])
         has_conflict = bool(marker.get("offset_conflicts"))
         return Commit(
             site=site,
@@ -140,10 +141,9 @@ def _parse(
             committed=marker["committed"],
             version=sys.intern(marker["version"]),
             recipe=recipe,
-            snapshot=marker.get("snapshot", ""),
-            pixels=height * width,
-            reads=marker.get("reads", {}),
-            seconds=marker.get("took", {}).get("seconds", 0.0),
+            grid=shared.setdefault(grid, grid),
+            lost=int(marker.get("reads", {}).get("lost", 0)),
+            completeness=completeness_of(marker),
             offset_rule=marker["on_offset_conflict"] if has_conflict else None,
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

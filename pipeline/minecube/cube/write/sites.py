@@ -47,10 +47,13 @@ def check_site(store: Store, site: Site, grid: GeoBox, recipe: Recipe) -> bool:
     if missing:
         raise CubeError(f"{store}: {site.id} lacks its array {missing[0]!r}; run `minecube verify`")
     if grid_in(group.attrs) != grid:
+        stored_margin = description.get("margin", 0)
+        cause = "its polygon has changed"
+        if stored_margin != site.margin:
+            cause = f"its margin was {stored_margin:g} m and is now {site.margin:g} m"
         raise CubeError(
-            f"{store}: {site.id} lies on another grid, because its polygon or --margin has changed "
-            f"(the store has a margin of {description.get('margin', 0):g} m, asked for was "
-            f"{site.margin:g} m); use another --store"
+            f"{store}: {site.id} lies on another grid, because {cause}; use another store, or the "
+            "earlier polygon and margin"
         )
     return True
 

@@ -18,6 +18,7 @@ from minecube.errors import CatalogError, CubeError, WorkerError
 from minecube.grid import grid_of
 from minecube.jobs.failures import describe_failure
 from minecube.jobs.runs.engines import Engine, open_engine
+from minecube.jobs.runs.finished import note_finished, read_finished
 from minecube.jobs.runs.inputs import (
     Inputs,
     check_inputs,
@@ -68,7 +69,12 @@ def run(
         driver = _Driver(plan, note)
         with ExitStack() as stack:
             sent = replace(dataset, notify=None)  # the URL of a webhook is one
-            driver.work(lambda: stack.enter_context(open_engine(sent, plan.steps)))
+
+            def start_engine() -> Engine:
+                note_dataset(plan.inputs)
+                return stack.enter_context(open_engine(sent, plan.steps))
+
+            driver.work(start_engine)
         if options.shard is None:
             summary.unjoined = join_results(plan.inputs, plan.steps)
     summary.seconds = time.monotonic() - start
@@ -140,6 +146,8 @@ def check_store(inputs: Inputs, sites: Iterable[str]) -> None:
     A site that alone does not fit, or has no polygon, is left to its own failure.
     """
 
+    _check_dataset(inputs)
+
     def check(name: str) -> CubeError | bool:
         site = inputs.sites[name]
         if site.geometry is None:
@@ -154,6 +162,37 @@ def check_store(inputs: Inputs, sites: Iterable[str]) -> None:
     errors = [error for error in found if isinstance(error, CubeError)]
     if errors and not any(fits is True for fits in found):
         raise errors[0]
+
+
+def _check_dataset(inputs: Inputs) -> None:
+    """Raise CubeError if the store holds another dataset, or only other sites or files."""
+    store = inputs.store
+    name = inputs.dataset.id
+    noted = read_finished(store, "dataset", "dataset").get("inputs")
+    if noted is None and store.has_group(""):
+        stored = cube.list_sites(store)
+        if stored and not set(stored) & set(inputs.sites):
+            raise CubeError(
+                f"{store}: has none of the sites of {name}, but {stored[0]} and others; "
+                "name another `store`"
+            )
+    elif noted is None and store.path is not None and store.path.is_dir():
+        others = sorted(path.name for path in store.path.iterdir() if path.name[0] != ".")
+        if others:
+            raise CubeError(
+                f"{store}: expected a store of cubes or an empty folder, found {others[0]}; "
+                "name another `store`"
+            )
+    elif noted not in (None, name):
+        raise CubeError(
+            f"{store}: holds the dataset {noted}, not {name}; name another `store`, or correct `id`"
+        )
+
+
+def note_dataset(inputs: Inputs) -> None:
+    """Note in the store which dataset it holds."""
+    if not read_finished(inputs.store, "dataset", "dataset"):
+        note_finished(inputs.store, "dataset", "dataset", inputs.dataset.id, None)
 
 
 @dataclass

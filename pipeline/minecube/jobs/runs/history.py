@@ -11,6 +11,8 @@ import pandas as pd
 from minecube.cube.events import Events
 from minecube.jobs.runs.units import Unit
 
+_COLUMNS = ["event", "time", "step", "site", "year", "state", "error_class", "message"]
+_COLUMNS += ["seconds", "peak_mb", "bytes", "requests", "worker"]
 KEYS = ["step", "site", "year"]
 
 
@@ -32,14 +34,14 @@ class History:
         A unit is running if its last event is a start by a living worker. If that worker is dead,
         or has gone on to another unit, the attempt was interrupted.
         """
-        table = _drop_busy(events.table)
+        table = _drop_busy(events.table[_COLUMNS])
         starts = table[table["event"] == "start"]
         attempts = starts.groupby(KEYS).size().rename("attempts")
         newest_of_workers = events.table.drop_duplicates("worker", keep="last").index
         last = table.drop_duplicates(KEYS, keep="last")
         last = last.assign(is_newest=last.index.isin(newest_of_workers)).set_index(KEYS)
         ends = table[table["event"] == "end"].drop_duplicates(KEYS, keep="last").set_index(KEYS)
-        units = ends.drop(columns=["event", "attempt"]).reindex(last.index)
+        units = ends.drop(columns="event").reindex(last.index)
         repeated = units.select_dtypes("category").columns
         units = units.astype(dict.fromkeys(repeated, object))
         open_ = last["event"] == "start"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import threading
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from minecube import cube, labels
 from minecube.catalog import Cluster, Dataset, Site, as_dict, pick
 from minecube.catalog.dataset import LabelInput
 from minecube.catalog.fields import FieldError
+from minecube.composite.plan import Terms
 from minecube.cube.events import EventLog
 from minecube.errors import CatalogError
 from minecube.jobs.build import BuildJob
@@ -103,6 +106,8 @@ def load_inputs(dataset: Dataset) -> Inputs:
         CubeError: the store cannot be read.
     """
     catalog = _catalog_of(dataset)
+    if isinstance(catalog, Path) and not catalog.is_dir():
+        raise CatalogError(f"{catalog}: no such folder; expected the `catalog` of {dataset.id}")
     store = cube.Store.connect(dataset.store, writable=True)
     sites = choose_sites(SiteChoice(dataset.sites, dataset.sites_layer), catalog)
     if dataset.margin is not None:
@@ -147,6 +152,8 @@ def check_inputs(inputs: Inputs) -> None:
     """
     dataset = inputs.dataset
     choose_cluster(dataset)
+    if dataset.prices is not None:
+        Terms.load(place_of(dataset.prices))
     if dataset.labels is not None and not place_of(dataset.labels.file).exists():
         raise CatalogError(f"{dataset.labels.file}: no such file; expected polygons of mines")
     for model in dataset.models:
@@ -176,6 +183,8 @@ def identify_model(inputs: Inputs, model: str) -> Any:
     Raises CatalogError if there is neither.
     """
     if place_of(model).exists():
+        if not zipfile.is_zipfile(io.BytesIO(place_of(model).read_bytes())):  # as torch saves
+            raise CatalogError(f"{model}: is no trained model; `minecube train` makes one")
         return hash_file(model)
     if Path(model).suffix:
         raise CatalogError(f"{model}: no such file; expected a trained model")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
+from typing import Any
 
 from minecube import cube
 from minecube.catalog import Recipe, Site, Source, as_dict, format_years
-from minecube.cube.provenance import untitled
-from minecube.cube.read.summaries import Commit
+from minecube.cube.provenance import describe_grid, untitled
+from minecube.cube.read.summaries import Commit, grid_key
 from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.jobs.build import choose_scenes
@@ -50,6 +52,8 @@ class StaleCheck:
             if untitled(commit.recipe) != self._recipe:
                 return f"built with another recipe {commit.recipe['id']}"
             self._known_recipe = commit.recipe
+        if commit.grid != self._grid_of(commit.site):
+            return "its polygon or margin has changed"
         job = self._inputs.job
         if commit.completeness < job.min_read_completeness:
             return f"more reads were lost ({commit.lost}) than min_read_completeness allows"
@@ -59,6 +63,10 @@ class StaleCheck:
         if changed and self._has_other_scenes(commit):
             return f"the scene list of {format_years(changed)} has changed"
         return ""
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  as long as the check itself
+    def _grid_of(self, site: str) -> tuple[Any, ...]:
+        return grid_key(describe_grid(grid_of(self._inputs.sites[site])))
 
     def _list_changed_lists(self, commit: Commit) -> list[int]:
         """List the years whose scene lists are newer than a commit that has read them."""
