@@ -12,7 +12,7 @@ import pytest
 
 from minecube import cube
 from minecube.cube.events import DEAD_S, PART_LINES, EventLog, read_events
-from minecube.jobs.runs.finished import list_finished, note_finished, read_finished
+from minecube.jobs.runs.finished import forget_finished, note_finished, read_finished, read_notes
 from minecube.jobs.runs.history import History
 from minecube.jobs.runs.inputs import open_log
 from minecube.jobs.runs.units import Unit
@@ -174,7 +174,11 @@ def test_notes_of_finished_steps(
     note_finished(store, "label", "pit", "b", {"x": 2})
     note_finished(store, "label", "pond", "c", {})
     assert read_finished(store, "label", "pit")["outputs"] == {"x": 2}
-    assert list_finished(store, "label", ["pit", "pool", "pond"]) == {"pit": "b", "pond": "c"}
+    notes = read_notes(store, "label", ["pit", "pool", "pond"])
+    assert {site: note["inputs"] for site, note in notes.items()} == {"pit": "b", "pond": "c"}
+    forget_finished(store, "label", "pit")
+    assert read_finished(store, "label", "pit") == {}
+    assert list(read_notes(store, "label", ["pit", "pond"])) == ["pond"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", json.dumps({"inputs": "a"})])
@@ -183,4 +187,4 @@ def test_a_damaged_note_counts_as_unfinished(store: cube.Store, content: str) ->
     assert store.path is not None
     (store.path / ".runs" / "steps" / "label" / "pit.json").write_text(content)
     assert read_finished(store, "label", "pit") == {}
-    assert list_finished(store, "label", ["pit"]) == {}
+    assert read_notes(store, "label", ["pit"]) == {}

@@ -346,3 +346,13 @@ def test_an_export_leaves_no_file_of_an_earlier_one(copied: Path, run_world: Pat
     dataset = dataset_in(copied, run_world, export={"formats": ["netcdf"]})
     assert run(dataset).exit_code == 0
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["pit.nc"]
+
+
+@pytest.mark.parametrize("changes", [{"id": "others"}, {"store": "results"}])
+def test_a_store_of_another_kind_is_refused(copied: Path, run_world: Path, changes: dict) -> None:
+    """The store of another dataset, and a folder with other files."""
+    dataset = dataset_in(copied, run_world, **changes)
+    before = hash_tree(copied)
+    with pytest.raises(CubeError, match="name another `store`"):
+        run(dataset)
+    assert hash_tree(copied) == before

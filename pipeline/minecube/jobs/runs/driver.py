@@ -71,8 +71,9 @@ def run(
             sent = replace(dataset, notify=None)  # the URL of a webhook is one
 
             def start_engine() -> Engine:
+                engine = stack.enter_context(open_engine(sent, plan.steps))
                 note_dataset(plan.inputs)
-                return stack.enter_context(open_engine(sent, plan.steps))
+                return engine
 
             driver.work(start_engine)
         if options.shard is None:
