@@ -18,13 +18,7 @@ from minecube.errors import CatalogError, CubeError, WorkerError
 from minecube.grid import grid_of
 from minecube.jobs.failures import describe_failure
 from minecube.jobs.runs.engines import Engine, open_engine
-from minecube.jobs.runs.inputs import (
-    Inputs,
-    check_inputs,
-    forget_inputs,
-    load_inputs,
-    open_log,
-)
+from minecube.jobs.runs.inputs import Inputs, check_inputs, forget_inputs, load_inputs, open_log
 from minecube.jobs.runs.joins import join_results
 from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.plan import Barrier, Plan
@@ -51,8 +45,9 @@ def run(
 ) -> Summary:
     """Run all unfinished steps of a dataset. The failure of a unit stops no other site.
 
-    Workers start with the first unfinished unit. SIGTERM ends the run as Ctrl-C does. `progress` is called
-    with each unit that ends, its result, and the number of all units of this run, an upper bound.
+    Workers start with the first unfinished unit. SIGTERM ends the run as Ctrl-C does. `progress` is
+    called with each unit that ends, its result, and the number of all units of this run, an upper
+    bound.
 
     Raises:
         CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
