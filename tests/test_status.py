@@ -130,7 +130,7 @@ def test_stale_site_years_are_left_to_do_while_one_is_built_again(dataset):
     commit(store, pond, 2019)
     waiting = []
     for site, year in (("pond", 2020), ("pit", 2019)):
-        log.write(event(site, year, "start"))
+        EventLog(store).write(event(site, year, "start"))  # of another worker
         status = read_status(load_dataset(path))
         waiting.append(status.left.total_seconds() / 3600 * status.per_hour)
     # pond 2020 is running and pond 2021 to do; then pit 2019 is running, too, and two are stale.

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import secrets
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from minecube import cube, scenes
@@ -17,7 +15,7 @@ from minecube.catalog import Dataset, format_years
 from minecube.errors import CatalogError, CubeError, WorkerError
 from minecube.grid import grid_of
 from minecube.jobs.failures import describe_failure
-from minecube.jobs.runs.engines import Engine, open_engine
+from minecube.jobs.runs.engines import Engine, interrupted_by_sigterm, open_engine
 from minecube.jobs.runs.inputs import Inputs, check_inputs, forget_inputs, load_inputs, open_log
 from minecube.jobs.runs.joins import join_results
 from minecube.jobs.runs.notify import notifying
@@ -57,7 +55,7 @@ def run(
     options = options or RunOptions()
     start = time.monotonic()
     summary = Summary()
-    with _interrupted_by_sigterm(), notifying(dataset, summary, progress) as note:
+    with interrupted_by_sigterm(), notifying(dataset, summary, progress) as note:
         plan = make_plan(dataset, options)
         plan.summary = summary
         driver = _Driver(plan, note)
@@ -68,22 +66,6 @@ def run(
             summary.unjoined = join_results(plan.inputs, plan.steps)
     summary.seconds = time.monotonic() - start
     return summary
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt: schedulers of jobs send it at the end of a time limit.
-
-    Only the main thread can. Elsewhere, SIGTERM stays as it is.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
