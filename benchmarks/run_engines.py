@@ -118,7 +118,7 @@ def measure_overhead(engine: str) -> float:
         run(dataset, RunOptions(only=("search",)))
         dataset = replace(dataset, engine=address, workers=1 if address == "local" else None)
         unit = Unit("search", "mine_1", 2020)
-        with open_engine(dataset) as workers:
+        with open_engine(dataset, ["search"]) as workers:
             _wait_for([workers.submit(unit, Limits(), 1)])  # starts the worker
             start = time.perf_counter()
             # One after the other: two attempts at one unit would wait for its lease.

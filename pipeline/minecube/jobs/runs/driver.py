@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import secrets
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from minecube import cube, scenes
@@ -17,7 +15,7 @@ from minecube.catalog import Dataset, format_years
 from minecube.errors import CatalogError, CubeError, WorkerError
 from minecube.grid import grid_of
 from minecube.jobs.failures import describe_failure
-from minecube.jobs.runs.engines import Engine, open_engine
+from minecube.jobs.runs.engines import Engine, interrupted_by_sigterm, open_engine
 from minecube.jobs.runs.finished import note_finished, read_finished
 from minecube.jobs.runs.inputs import (
     Inputs,
@@ -52,8 +50,9 @@ def run(
 ) -> Summary:
     """Run all unfinished steps of a dataset. The failure of a unit stops no other site.
 
-    Workers start with the first unfinished unit. SIGTERM ends the run as Ctrl-C does. `progress` is called
-    with each unit that ends, its result, and the number of all units of this run, an upper bound.
+    Workers start with the first unfinished unit. SIGTERM ends the run as Ctrl-C does. `progress` is
+    called with each unit that ends, its result, and the number of all units of this run, an upper
+    bound.
 
     Raises:
         CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
@@ -63,7 +62,7 @@ def run(
     options = options or RunOptions()
     start = time.monotonic()
     summary = Summary()
-    with _interrupted_by_sigterm(), notifying(dataset, summary, progress) as note:
+    with interrupted_by_sigterm(), notifying(dataset, summary, progress) as note:
         plan = make_plan(dataset, options)
         plan.summary = summary
         driver = _Driver(plan, note)
@@ -80,22 +79,6 @@ def run(
             summary.unjoined = join_results(plan.inputs, plan.steps)
     summary.seconds = time.monotonic() - start
     return summary
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt: schedulers of jobs send it at the end of a time limit.
-
-    Only the main thread can. Elsewhere, SIGTERM stays as it is.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def make_plan(dataset: Dataset, options: RunOptions) -> Plan:

@@ -78,6 +78,22 @@ def share_requests(limits: Limits, cluster: Cluster, workers: int) -> Limits:
     return replace(limits, workers=workers, connections=connections)
 
 
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt: schedulers of jobs send it at the end of a time limit.
+
+    Only the main thread can. Elsewhere, SIGTERM stays as it is.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def _start_worker(temporary: str | None) -> None:
     """Prepare a worker process: it leaves Ctrl-C to its parent, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
