@@ -24,7 +24,7 @@ from minecube.composite.plan import Terms
 from minecube.cube.events import RUNS, Events, read_events
 from minecube.cube.read.summaries import Commit, list_commits, read_commits
 from minecube.grid import area_of
-from minecube.jobs.runs.history import History
+from minecube.jobs.runs.history import COLUMNS, History
 from minecube.jobs.runs.inputs import Inputs, forget_inputs, load_inputs
 from minecube.jobs.runs.site_steps import is_finished, make_step, read_site_commits
 from minecube.jobs.runs.states import StaleCheck
@@ -34,6 +34,7 @@ STATES = ("done", "gaps", "stale", "running", "failed", "interrupted", "to do")
 """done: committed from the present inputs. gaps: committed, but with lost reads. stale: committed
 from other inputs. interrupted: its worker died. to do: not tried yet."""
 _KM2_PER_PIXEL = 1e-4
+_SPENT = ["step", "state", "time", "seconds", "bytes", "requests"]
 _MADE_OF_BUILDS = ("predict", "tracks", "score", "export")
 _MOST_CHECKED = 2000
 """Most sites whose steps are compared with their inputs and outputs; of more, with times."""
@@ -125,7 +126,7 @@ def read_store_status(store: cube.Store) -> Status:
         CubeError: the store cannot be read.
     """
     commits = list_commits(store, cube.list_sites(store))
-    events = read_events(store)
+    events = read_events(store, COLUMNS)
     tried = events.table[["site", "year"]].drop_duplicates().query("year > 0")
     keys = sorted({*commits, *tried.itertuples(index=False, name=None)})
     return _Reader(store, keys, commits, {}).read(str(store), SITE_STEPS, Terms(), events)
@@ -146,9 +147,9 @@ class _Reader:
     def read(
         self, name: str, steps: Iterable[str], terms: Terms, events: Events | None = None
     ) -> Status:
-        events = events or read_events(self.store)
+        events = events or read_events(self.store, COLUMNS)
         history = History.from_events(events).units.reset_index()
-        ends = events.table[events.table["event"] == "end"]
+        ends = events.table.loc[events.table["event"] == "end", _SPENT]
         spent = {
             "seconds": float(ends["seconds"].sum()),
             "mb": float(ends["bytes"].sum()) / 1e6,

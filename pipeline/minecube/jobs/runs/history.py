@@ -11,8 +11,9 @@ import pandas as pd
 from minecube.cube.events import Events
 from minecube.jobs.runs.units import Unit
 
-_COLUMNS = ["event", "time", "step", "site", "year", "state", "error_class", "message"]
-_COLUMNS += ["seconds", "peak_mb", "bytes", "requests", "worker"]
+COLUMNS = ["event", "time", "step", "site", "year", "state", "error_class", "message"]
+COLUMNS += ["seconds", "peak_mb", "bytes", "requests", "worker"]
+"""Columns of events that tell the history of units."""
 KEYS = ["step", "site", "year"]
 
 
@@ -34,26 +35,29 @@ class History:
         A unit is running if its last event is a start by a living worker. If that worker is dead,
         or has gone on to another unit, the attempt was interrupted.
         """
-        table = _drop_busy(events.table[_COLUMNS])
-        starts = table[table["event"] == "start"]
-        attempts = starts.groupby(KEYS).size().rename("attempts")
         newest_of_workers = events.table.drop_duplicates("worker", keep="last").index
-        last = table.drop_duplicates(KEYS, keep="last")
-        last = last.assign(is_newest=last.index.isin(newest_of_workers)).set_index(KEYS)
-        ends = table[table["event"] == "end"].drop_duplicates(KEYS, keep="last").set_index(KEYS)
-        units = ends.drop(columns="event").reindex(last.index)
+        table = _drop_busy(events.table[COLUMNS])
+        # Numbers of units take a tenth of the memory of their names.
+        numbers = table.groupby(KEYS, observed=True, sort=False).ngroup()
+        table = table.assign(unit=numbers)
+        is_end = table["event"] == "end"
+        lacked = is_end & (table["error_class"] == "memory")
+        last = table.drop_duplicates("unit", keep="last")
+        is_newest = last.index.isin(newest_of_workers)
+        last = last.set_index("unit")
+        ends = table[is_end].drop_duplicates("unit", keep="last").set_index("unit")
+        units = ends.drop(columns=["event", *KEYS]).reindex(last.index)
         repeated = units.select_dtypes("category").columns
         units = units.astype(dict.fromkeys(repeated, object))
         open_ = last["event"] == "start"
-        works = last["worker"].isin(events.alive) & last["is_newest"]
-        units["attempts"] = attempts.reindex(units.index).fillna(0).astype(int)
+        works = last["worker"].isin(events.alive) & is_newest
+        units["attempts"] = numbers[~is_end].value_counts().reindex(units.index, fill_value=0)
         units["running"] = open_ & works
         units["interrupted"] = open_ & ~works
-        lacked = table[(table["event"] == "end") & (table["error_class"] == "memory")]
-        failures = lacked.groupby(KEYS).size()
-        units["memory_failures"] = failures.reindex(units.index).fillna(0).astype(int)
+        units["memory_failures"] = numbers[lacked].value_counts().reindex(units.index, fill_value=0)
         units["last_time"] = last["time"]
-        return cls(units.sort_index())
+        names = last[KEYS].astype({"step": object, "site": object})
+        return cls(units.set_index(pd.MultiIndex.from_frame(names)).sort_index())
 
     def count_attempts(self, unit: Unit) -> int:
         """Count the attempts at a unit, the one in work included."""
@@ -86,6 +90,8 @@ class History:
 def _drop_busy(table: pd.DataFrame) -> pd.DataFrame:
     """Leave out attempts that found another run at work. That run logs the unit."""
     busy = table["state"] == "busy"
+    if not busy.any():
+        return table
     # A worker logs one unit at a time: its event before a busy end is the start of the attempt.
     begun = busy.groupby(table["worker"], observed=True).shift(-1, fill_value=False)
     return table[~busy & ~begun]

@@ -12,7 +12,7 @@ from minecube.cube.events import read_events
 from minecube.cube.read.summaries import Commit, read_commits
 from minecube.errors import CubeError
 from minecube.jobs.failures import one_line
-from minecube.jobs.runs.history import History
+from minecube.jobs.runs.history import COLUMNS, History
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.runs.rates import list_mapped, update_rates
 from minecube.jobs.runs.site_steps import (
@@ -83,7 +83,7 @@ class Plan:
     @cached_property
     def history(self) -> History:
         """Earlier attempts. They are read with the first unfinished unit: a rerun needs none."""
-        return History.from_events(read_events(self.inputs.store))
+        return History.from_events(read_events(self.inputs.store, COLUMNS))
 
     def walk(self, site: str) -> Iterator[list[Unit] | Barrier]:
         """Yield the unfinished units of each step of a site. Resume when they have ended."""
