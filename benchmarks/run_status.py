@@ -16,13 +16,17 @@ import shapely
 import yaml
 
 from minecube import cube
+from minecube.catalog import Site
 from minecube.cube.events import RUNS
 from minecube.cube.markers import marker_path
+from minecube.cube.provenance import describe_grid
+from minecube.grid import grid_of
 
 _WORKERS = 64
 """Event logs of the simulated run."""
 _MOST_LINKS = 30_000  # ext4 allows 65,000 names per file
 _SCENES = 40
+_SQUARE = shapely.box(10.0, 45.0, 10.03, 45.02)
 _CHILD = """
 import json, resource, sys, time
 from pathlib import Path
@@ -59,15 +63,7 @@ def simulate_run(folder: Path, sites: int, years: tuple[int, ...]) -> Path:
     `status` takes from the path. Returns the path of dataset.yaml.
     """
     names = [f"mine_{number + 1}" for number in range(sites)]
-    squares = [
-        shapely.box(
-            10 + 0.02 * (n % 500),
-            45 + 0.02 * (n // 500),
-            10.004 + 0.02 * (n % 500),
-            45.004 + 0.02 * (n // 500),
-        )
-        for n in range(sites)
-    ]
+    squares = [_SQUARE] * sites  # one place, since all sites share their markers
     frame = gpd.GeoDataFrame({"id": names, "margin": 0}, geometry=squares, crs=4326)
     frame.to_parquet(folder / "sites.parquet")
     store = folder / "cubes.zarr"
@@ -109,11 +105,7 @@ def describe_marker(year: int) -> dict[str, Any]:
         "version": metadata.version("minecube"),
         "recipe": as_dict(load_recipes()["annual-median"]),
         "snapshot": "0" * 64,
-        "grid": {
-            "crs": "EPSG:32632",
-            "transform": [10.0, 0.0, 500_040.0, 0.0, -10.0, 5_000_040.0],
-            "shape": [250, 250],
-        },
+        "grid": describe_grid(grid_of(Site(id="mine_1", geometry=_SQUARE))),
         "reads": {"planned": 900, "lost": 0, "bytes": 3e7, "requests": 900, "completeness": 1.0},
         "took": {"seconds": 60.0},
         "scenes": [scene] * _SCENES,
