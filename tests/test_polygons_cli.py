@@ -160,7 +160,12 @@ def test_layers_of_sites_and_of_a_second_file(tmp_path):
     assert "--compare-layer is of a second file" in err
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("models", "demo", "release")])
+OF_DATASETS = ("run", "status", "retry", "update", "versions")
+"""Commands that take sites and their layer from a dataset.yaml."""
+WITHOUT_SITES = ("models", "demo", "release", *OF_DATASETS)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in WITHOUT_SITES])
 def test_every_command_that_reads_sites_or_polygons_has_a_layer(command):
     out, _ = run(command, "--help")
     assert "--layer" in out
