@@ -118,7 +118,7 @@ def test_a_remote_catalogue_names_no_local_file(bucket):
         ("sites --sites s3://mines/a.gpkg", "s3://mines/a.gpkg: no such file"),
         ("predict --store {store} --model s3://mines/m.pt", "s3://mines/m.pt: no such file"),
         ("build --store s3://mines/c?SECRET --sites a --years 2020 --source cdse", "without keys"),
-        ("publish --store {store} --icechunk s3://k:SECRET@mines/r", "without keys"),
+        ("versions s3://k:SECRET@mines/r", "without keys"),
         ("demo --out s3://mines/demo", "expected a local folder, found a URL"),
         ("simulate --sites demo_1 --out s3://mines/w", "expected a local folder, found a URL"),
         ("pack --store {store} --out ftp://host/x.zip", "found ftp://"),
