@@ -136,7 +136,7 @@ def test_systemd_reads_the_units(tmp_path):
     # systemd looks for the program at once.
     service.write_text(service.read_text().replace("%h/mines/.venv/bin/minecube", "/bin/true"))
     done = subprocess.run(
-        ["systemd-analyze", "verify", *tmp_path.glob("minecube.*")],
+        ["systemd-analyze", "verify", *tmp_path.glob("annual.*")],
         capture_output=True,
         text=True,
         check=False,
