@@ -15,7 +15,7 @@ import xarray as xr
 
 import slurm_server
 from known_builds import args, run_here
-from known_datasets import begun_builds, blocked_builds, read_log, read_site, write_dataset
+from known_datasets import read_log, read_site, write_dataset
 
 SCRIPT = Path(__file__).parents[1] / "workflows" / "slurm_array.sh"
 RUN = [sys.executable, "-c", "from minecube.cli import main; main()", "run"]
@@ -113,36 +113,3 @@ def test_a_job_array_without_a_scheduler_process(world, plain, slurm, tmp_path):
     assert read_log(path)["event"].eq("end").sum() == 5
     assert (tmp_path / "results" / "audit" / "audit.parquet").exists()
     xr.testing.assert_identical(read_site(tmp_path), read_site(plain))
-
-
-def test_a_task_at_its_time_limit_requeues_only_itself(world, slurm, tmp_path):
-    """The last task of an array has the number of the whole array as its own."""
-    path = write_dataset(world, tmp_path)
-    with blocked_builds(path) as release:
-        first, *_ = submit(path, slurm, 2)
-        wait_for(lambda: begun_builds(path))
-        running = ["squeue", "-h", "-t", "R", "-o", "%K"]
-        wait_for(lambda: slurm_server.ask(running, slurm).isdigit())
-        task = slurm_server.ask(running, slurm)
-        call(["scancel", "--batch", "--signal=USR1", f"{first}_{task}"], slurm, tmp_path)
-        wait_for(lambda: read_restarts(slurm, first))
-        assert read_restarts(slurm, first) == {task}
-        release()
-    wait_for(
-        lambda: (
-            slurm_server.ask(["squeue", "-h", "-j", f"{first}_{task}", "-o", "%T"], slurm)
-            == "PENDING"
-        )
-    )
-    # SLURM keeps a requeued job back for two minutes.
-    call(["scontrol", "update", f"JobId={first}_{task}", "StartTime=now"], slurm, tmp_path)
-    wait_for(lambda: not slurm_server.ask(["squeue", "-h"], slurm))
-    log = (tmp_path / f"slurm-{first}_{task}.out").read_text()
-    assert re.search(rf"requeue {first}_{task}\n(.*\n)*build +[12] +0 +0 +0", log), log
-
-
-def read_restarts(slurm, array):
-    """Tasks of an array that were requeued."""
-    text = slurm_server.ask(["scontrol", "show", "job", array, "--oneliner"], slurm)
-    jobs = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
-    return {job["ArrayTaskId"] for job in jobs if job.get("Restarts", "0") != "0"}
