@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -110,6 +107,3 @@ def test_partitions_schedules_and_metadata(world, tmp_path):
     searches = read_log(Path(env["MINECUBE_DATASET"])).query("step == 'build' and event == 'end'")
     assert searches[searches["state"] == "done"]["year"].tolist() == [2020, 2022]
     assert_built(world, tmp_path)
-
-
-@contextlib.contextmanager
