@@ -241,3 +241,14 @@ def test_status_of_an_object_store(bucket, tmp_path):
     EventLog(store).write(event("pit", 2020, "start"))
     assert states_of(read_store_status(store)) == {"pit 2019": "done", "pit 2020": "running"}
     assert isinstance(read_events(store).table, pd.DataFrame)
+
+
+def test_a_damaged_marker_is_listed_and_hides_no_other_site_year(dataset):
+    path, store, (pit, pond) = dataset
+    commit(store, pit, 2019)
+    commit(store, pond, 2019)
+    (store.path / "pit" / "builds" / "2019" / "zarr.json").write_text("{")
+    status = read_status(load_dataset(path))
+    assert states_of(status)["pit 2019"] == "failed"
+    assert "the marker of pit 2019 is damaged" in status.site_years.loc[("pit", 2019), "why"]
+    assert states_of(status)["pond 2019"] == "done"

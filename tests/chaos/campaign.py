@@ -35,7 +35,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import geopandas as gpd
 import numpy as np
@@ -224,6 +224,11 @@ def _run_in_child(
     if gate is not None:
         gate.wait()
     time.sleep(delay_s)
+    exit_with(words)
+
+
+def exit_with(words: Sequence[str]) -> NoReturn:
+    """Run a command, and end this process with its exit code."""
     code = 99
     try:
         main(words)

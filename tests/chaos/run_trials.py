@@ -19,11 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
-from campaign import hash_store, remove_store
+from campaign import exit_with, hash_store, remove_store
 
 from known_runs import write_dataset
 from minecube import cube
-from minecube.cli import main
 from minecube.cube.events import read_events
 from minecube.errors import MinecubeError
 
@@ -71,15 +70,7 @@ def _run_in_child(words: list[str], output: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(file, stream.fileno())
     torch.set_num_threads(1)
-    code = 99
-    try:
-        main(words)
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    exit_with(words)
 
 
 @dataclass

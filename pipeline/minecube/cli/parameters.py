@@ -36,12 +36,16 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-class _InPlace(click.ParamType[Place]):
-    """A path or URL to read."""
+class _PlaceType(click.ParamType[Place]):
+    """A path or URL. `local` checks paths."""
 
     def __init__(self, local: click.Path) -> None:
         self._local = local
         self.name = local.name
+
+
+class _InPlace(_PlaceType):
+    """A path or URL to read."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -69,12 +73,8 @@ class InFolder(_InPlace):
         super().__init__(click.Path(exists=exists, file_okay=not exists))
 
 
-class _OutPlace(click.ParamType[Place]):
+class _OutPlace(_PlaceType):
     """A path or URL to write to."""
-
-    def __init__(self, local: click.Path) -> None:
-        self._local = local
-        self.name = local.name
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None

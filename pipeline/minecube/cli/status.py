@@ -133,7 +133,7 @@ def _format_sites(found: Status) -> str:
     rows = [(site, *row) for site, row in zip(table.index, table.to_numpy().tolist(), strict=True)]
     text = format_table(("site", *map(str, table.columns)), rows)
     if hidden:
-        text += f"\n{hidden} more sites, finished ones first: --format csv lists all"
+        text += f"\n{hidden} more sites are not shown; --format csv lists all"
     return text
 
 

@@ -23,6 +23,7 @@ from minecube.catalog import Dataset
 from minecube.composite.plan import Terms
 from minecube.cube.events import RUNS, Events, read_events
 from minecube.cube.read.summaries import Commit, list_commits, read_commits
+from minecube.errors import CubeError
 from minecube.grid import area_of
 from minecube.jobs.runs.history import COLUMNS, History
 from minecube.jobs.runs.inputs import Inputs, forget_inputs, load_inputs
@@ -99,7 +100,8 @@ def read_status(dataset: Dataset) -> Status:
     forget_inputs()
     inputs = load_inputs(dataset)
     keys = list(itertools.product(inputs.sites, dataset.years))
-    commits = read_commits(inputs.store, keys)
+    damaged: dict[tuple[str, int], CubeError] = {}
+    commits = read_commits(inputs.store, keys, damaged)
     check = StaleCheck(inputs)
     reasons = {key: reason for key, commit in commits.items() if (reason := check.explain(commit))}
     steps = [step for step in list_steps(dataset) if step in SITE_STEPS]
@@ -107,16 +109,20 @@ def read_status(dataset: Dataset) -> Status:
     finished = None
     if len(inputs.sites) <= _MOST_CHECKED:
         finished = {step: _check_sites(inputs, step) for step in steps}
-    reader = _Reader(inputs.store, keys, commits, reasons, finished)
+    reader = _Reader(inputs.store, keys, commits, reasons, damaged, finished)
     return reader.read(dataset.id, steps, terms)
 
 
 def _check_sites(inputs: Inputs, step: str) -> dict[str, bool]:
     """Check for each site whether a step is finished, as `run` does."""
-    return {
-        site: is_finished(step, make_step(step, inputs, site, read_site_commits(inputs, site)))
-        for site in inputs.sites
-    }
+    finished = {}
+    for site in inputs.sites:
+        try:
+            commits = read_site_commits(inputs, site)
+            finished[site] = is_finished(step, make_step(step, inputs, site, commits))
+        except CubeError:  # a damaged marker, which is listed for its site-year
+            finished[site] = False
+    return finished
 
 
 def read_store_status(store: cube.Store) -> Status:
@@ -129,7 +135,7 @@ def read_store_status(store: cube.Store) -> Status:
     events = read_events(store, COLUMNS)
     tried = events.table[["site", "year"]].drop_duplicates().query("year > 0")
     keys = sorted({*commits, *tried.itertuples(index=False, name=None)})
-    return _Reader(store, keys, commits, {}).read(str(store), SITE_STEPS, Terms(), events)
+    return _Reader(store, keys, commits, {}, {}).read(str(store), SITE_STEPS, Terms(), events)
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,8 @@ class _Reader:
     commits: Mapping[tuple[str, int], Commit]
     reasons: Mapping[tuple[str, int], str]
     """Why committed site-years are stale."""
+    damaged: Mapping[tuple[str, int], CubeError]
+    """Site-years with a damaged marker."""
     finished: Mapping[str, Mapping[str, bool]] | None = None
     """Step -> site -> whether it is finished; None: the times of notes and builds decide."""
 
@@ -178,11 +186,20 @@ class _Reader:
         committed = np.array([commit is not None for commit in built], dtype=bool)
         lost = np.array([0 if commit is None else commit.lost for commit in built])
         stale = np.array([key in self.reasons for key in self.keys], dtype=bool)
-        failed = (table["state"] == "failed").to_numpy()
+        broken = np.array([key in self.damaged for key in self.keys], dtype=bool)
+        failed = (table["state"] == "failed").to_numpy() | broken
         running = table["running"].eq(True).to_numpy()
         interrupted = table["interrupted"].eq(True).to_numpy()
-        conditions = [running, stale, committed & (lost > 0), committed, interrupted, failed]
-        choices = ["running", "stale", "gaps", "done", "interrupted", "failed"]
+        conditions = [
+            running,
+            broken,
+            stale,
+            committed & (lost > 0),
+            committed,
+            interrupted,
+            failed,
+        ]
+        choices = ["running", "failed", "stale", "gaps", "done", "interrupted", "failed"]
         state = np.select(conditions, choices, "to do")
         why = table["message"].fillna("").where(~committed | failed, "").to_numpy(dtype=object)
         for position in np.flatnonzero(stale):
@@ -190,6 +207,8 @@ class _Reader:
             why[position] = "; ".join(filter(None, [reason, why[position]]))
         for position in np.flatnonzero(state == "gaps"):
             why[position] = f"{lost[position]} reads were lost"
+        for position in np.flatnonzero(broken):
+            why[position] = str(self.damaged[self.keys[int(position)]])
         return pd.DataFrame(
             {
                 "state": state,

@@ -183,12 +183,19 @@ def identify_model(inputs: Inputs, model: str) -> Any:
     Raises CatalogError if there is neither.
     """
     if place_of(model).exists():
-        if not zipfile.is_zipfile(io.BytesIO(place_of(model).read_bytes())):  # as torch saves
-            raise CatalogError(f"{model}: is no trained model; `minecube train` makes one")
-        return hash_file(model)
+        return _hash_model(model)
     if Path(model).suffix:
         raise CatalogError(f"{model}: no such file; expected a trained model")
     return as_dict(pick(load_all_models(inputs.catalog), model, "model"))
+
+
+@cached_for_run(maxsize=64)
+def _hash_model(path: str) -> str:
+    """Return the SHA-256 of a trained model. Raises CatalogError for another file."""
+    content = place_of(path).read_bytes()
+    if not zipfile.is_zipfile(io.BytesIO(content)):  # as torch saves
+        raise CatalogError(f"{path}: is no trained model; `minecube train` makes one")
+    return hashlib.sha256(content).hexdigest()
 
 
 def open_log(store: cube.Store) -> EventLog:

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from obstore.exceptions import BaseError
+
 from minecube.cube.events import read_events
 from minecube.cube.read.summaries import Commit, read_commits
-from minecube.errors import CubeError
-from minecube.jobs.failures import one_line
+from minecube.errors import CubeError, MinecubeError
 from minecube.jobs.runs.history import COLUMNS, History
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.runs.rates import list_mapped, update_rates
@@ -86,7 +87,16 @@ class Plan:
         return History.from_events(read_events(self.inputs.store, COLUMNS))
 
     def walk(self, site: str) -> Iterator[list[Unit] | Barrier]:
-        """Yield the unfinished units of each step of a site. Resume when they have ended."""
+        """Yield the unfinished units of each step of a site. Resume when they have ended.
+
+        If the state of the site cannot be read, its first step has failed.
+        """
+        try:
+            yield from self._walk(site)
+        except (MinecubeError, OSError, BaseError) as error:
+            self._fail(Unit(self.steps[0], site), error)
+
+    def _walk(self, site: str) -> Iterator[list[Unit] | Barrier]:
         failed: set[str] = set()
         committed: Commits | None = None
         follows = False  # an earlier unit has succeeded
@@ -104,12 +114,8 @@ class Plan:
                     failed.add(step)
                     continue
             unit = Unit(step, site)
-            try:
-                if step != "audit":  # which comes before builds, and needs none
-                    committed = committed or read_site_commits(self.inputs, site)
-            except CubeError as error:  # a damaged marker
-                self._fail(unit, error)
-                return
+            if step != "audit":  # which comes before builds, and needs none
+                committed = committed or read_site_commits(self.inputs, site)
             if not self._may_start(unit, failed, committed or {}):
                 failed.add(step)
             elif is_finished(step, make_step(step, self.inputs, site, committed or {})):
@@ -160,10 +166,9 @@ class Plan:
         self.summary.stale[unit] = reason
         return False
 
-    def _fail(self, unit: Unit, error: CubeError) -> None:
+    def _fail(self, unit: Unit, error: Exception) -> None:
         """Note that a unit cannot be worked on."""
-        text = one_line(error)
-        self.summary.results[unit] = Result(state="failed", error_class="data", message=text)
+        self.summary.results[unit] = Result.from_error(error)
 
     def _has_failed(self, unit: Unit) -> bool:
         result = self.summary.results.get(unit)
@@ -208,9 +213,7 @@ class Plan:
                     unfinished += len(self._list_site_years(step, site))
                     continue
                 committed = read_site_commits(self.inputs, site)
-                if committed and is_finished(
-                    step, make_step(step, self.inputs, site, committed or {})
-                ):
+                if is_finished(step, make_step(step, self.inputs, site, committed)):
                     _add(self.summary.kept, step)
                 else:
                     unfinished += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
@@ -35,6 +34,7 @@ class StaleCheck:
         self._version = metadata.version("minecube")
         self._recipe = untitled(as_dict(inputs.job.recipe))
         self._known_recipe: object = None  # most commits share one object
+        self._grids: dict[str, tuple[Any, ...]] = {}
 
     def explain(self, commit: Commit) -> str:
         """Say why a site-year is stale; empty if it is current.
@@ -64,9 +64,10 @@ class StaleCheck:
             return f"the scene list of {format_years(changed)} has changed"
         return ""
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  as long as the check itself
     def _grid_of(self, site: str) -> tuple[Any, ...]:
-        return grid_key(describe_grid(grid_of(self._inputs.sites[site])))
+        if site not in self._grids:
+            self._grids[site] = grid_key(describe_grid(grid_of(self._inputs.sites[site])))
+        return self._grids[site]
 
     def _list_changed_lists(self, commit: Commit) -> list[int]:
         """List the years whose scene lists are newer than a commit that has read them."""
