@@ -23,11 +23,10 @@ from minecube.errors import CatalogError, CubeError
 from minecube.jobs.runs import RunOptions, run
 from minecube.jobs.runs.inputs import load_inputs
 from minecube.jobs.runs.publishing import check_publishing, publish_dataset
-from minecube.jobs.runs.states import list_path
+from minecube.jobs.runs.states import complete_day, list_path
 from minecube.jobs.runs.update import (
     UpdateOptions,
     choose_store,
-    complete_day,
     find_changes,
     update,
 )
@@ -113,6 +112,17 @@ def test_a_list_saved_too_early_is_searched_again(tmp_path, world):
             (scene, "added") for scene in late
         }
     assert not find_changes(dataset, UpdateOptions(), save=True).scenes
+
+
+def test_a_run_searches_a_list_again_that_was_saved_too_early(tmp_path, world):
+    """A run in January saves the list of the new year, as the neighbour of the old one."""
+    dataset = make_dataset(tmp_path, world)
+    search_lists(dataset)
+    late = save_thin_list(dataset)
+    search_lists(dataset)
+    listed = snapshot.load(list_path(load_inputs(dataset), "pit", 2020))
+    assert late <= {scene.id for scene in listed.scenes}
+    assert not run(dataset, RunOptions(only=("search",))).results
 
 
 def test_a_list_saved_after_the_season_is_not_searched(tmp_path, world):

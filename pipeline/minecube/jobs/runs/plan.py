@@ -22,7 +22,7 @@ from minecube.jobs.runs.site_steps import (
     make_step,
     read_site_commits,
 )
-from minecube.jobs.runs.states import StaleCheck, list_path
+from minecube.jobs.runs.states import StaleCheck, needs_search
 from minecube.jobs.runs.summary import RunOptions, Summary
 from minecube.jobs.runs.units import NEEDS, SITE_YEAR_STEPS, Unit
 from minecube.jobs.runs.worker import Result
@@ -152,7 +152,7 @@ class Plan:
     def _is_unfinished(self, unit: Unit) -> bool:
         """Whether a site-year still needs its search or build. Notes stale builds."""
         if unit.step == "search":
-            return not list_path(self.inputs, unit.site, unit.year).exists()
+            return needs_search(self.inputs, unit.site, unit.year)
         commit = self.commits.get((unit.site, unit.year))
         if commit is None:
             return True

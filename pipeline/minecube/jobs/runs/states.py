@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, date, datetime
 from importlib import metadata
 from typing import Any
 
@@ -13,6 +13,7 @@ from minecube.cube.provenance import describe_grid, untitled
 from minecube.cube.read.summaries import Commit, grid_key
 from minecube.errors import SceneError
 from minecube.grid import grid_of
+from minecube.jobs.audit import LISTING_LAG
 from minecube.jobs.build import choose_scenes
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.scene_lists import load_or_search, path_of_list
@@ -111,6 +112,25 @@ def list_read_years(recipe: Recipe, years: Iterable[int]) -> list[int]:
 def list_path(inputs: Inputs, site: str, year: int) -> Place:
     """Return the place of a site-year's scene list."""
     return path_of_list(inputs.sites[site], year, inputs.job.sources, inputs.job.snapshots)
+
+
+def needs_search(inputs: Inputs, site: str, year: int) -> bool:
+    """Whether a site-year has no scene list, or one that was saved too early to be complete.
+
+    A list may be saved in January, as the neighbour of the year before.
+    """
+    changed = time_of_change(list_path(inputs, site, year))
+    if changed is None:
+        return True
+    saved = datetime.fromtimestamp(changed, tz=UTC).date()
+    return saved < complete_day(inputs.job.recipe, year) <= datetime.now(tz=UTC).date()
+
+
+def complete_day(recipe: Recipe, year: int) -> date:
+    """Return the first day on which a list can have all scenes of a year for a recipe."""
+    last_month = max(*recipe.months, *recipe.wider_months)
+    next_month = date(year + last_month // 12, last_month % 12 + 1, 1)
+    return next_month + LISTING_LAG
 
 
 def _changed_after(place: Place, time: float) -> bool:

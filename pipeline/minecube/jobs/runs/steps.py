@@ -11,8 +11,9 @@ from minecube.errors import MinecubeError
 from minecube.grid import grid_of
 from minecube.jobs.build import build_year
 from minecube.jobs.runs.inputs import Inputs
+from minecube.jobs.runs.states import needs_search
 from minecube.jobs.runs.units import Unit
-from minecube.jobs.scene_lists import load_or_save
+from minecube.jobs.scene_lists import load_or_save, search_and_save
 
 _COUNTED = ("bytes", "requests", "retried", "lost")
 
@@ -63,9 +64,10 @@ def share_searches(sources: Iterable[Source], workers: int) -> tuple[Source, ...
 
 
 def search_scenes(inputs: Inputs, unit: Unit, limits: Limits) -> Finding:
-    """Search the scenes of a site-year, and save their list."""
+    """Search the scenes of a site-year, and save their list, unless another run just did."""
     sources = share_searches(inputs.job.sources, limits.workers)
-    load_or_save(inputs.sites[unit.site], unit.year, sources, inputs.job.snapshots)
+    if needs_search(inputs, unit.site, unit.year):
+        search_and_save(inputs.sites[unit.site], unit.year, sources, inputs.job.snapshots)
     return Finding()
 
 

@@ -9,24 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime
 from pathlib import Path
 
 from minecube import scenes
-from minecube.catalog import Dataset, Recipe, as_dict
+from minecube.catalog import Dataset, as_dict
 from minecube.cube.provenance import untitled
 from minecube.cube.read.summaries import list_commits
 from minecube.digests import sha256_of_json
 from minecube.errors import MinecubeError, SceneError
-from minecube.jobs.audit import LISTING_LAG
 from minecube.jobs.runs.driver import make_plan, run
 from minecube.jobs.runs.inputs import Inputs, load_inputs
 from minecube.jobs.runs.plan import Plan
-from minecube.jobs.runs.states import StaleCheck, list_path, list_read_years
+from minecube.jobs.runs.states import StaleCheck, list_path, list_read_years, needs_search
 from minecube.jobs.runs.summary import Progress, RunOptions, Summary
 from minecube.jobs.runs.units import Unit
 from minecube.jobs.scene_lists import load_or_search, save_list
-from minecube.places import time_of_change
 from minecube.scenes import SceneChange, SearchResult
 
 _SEARCHES = 4
@@ -104,7 +101,7 @@ def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool
     found = Changes()
     searched: dict[tuple[str, int], SearchResult] = {}
     for year in list_read_years(inputs.job.recipe, plan.years):
-        is_incomplete = _is_incomplete(inputs, site, year)
+        is_incomplete = needs_search(inputs, site, year)
         if not (is_incomplete or options.refresh):
             continue
         try:
@@ -122,23 +119,6 @@ def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool
     for year in plan.years:
         _judge(plan, check, Unit("build", site, year), found, rebuild=options.rebuild)
     return found
-
-
-def _is_incomplete(inputs: Inputs, site: str, year: int) -> bool:
-    """Whether a list is missing, or was saved too early to have all scenes that are there now."""
-    changed = time_of_change(list_path(inputs, site, year))
-    if changed is None:
-        return True
-    saved = datetime.fromtimestamp(changed, tz=UTC).date()
-    complete = complete_day(inputs.job.recipe, year)
-    return saved < complete <= datetime.now(tz=UTC).date()
-
-
-def complete_day(recipe: Recipe, year: int) -> date:
-    """Return the first day on which a list can have all scenes of a year for a recipe."""
-    last_month = max(*recipe.months, *recipe.wider_months)
-    next_month = date(year + last_month // 12, last_month % 12 + 1, 1)
-    return next_month + LISTING_LAG
 
 
 def _search_again(inputs: Inputs, site: str, year: int, found: Changes) -> SearchResult:
