@@ -130,10 +130,7 @@ def test_a_store_keeps_the_margin_it_was_built_with(world, tmp_path):
     assert "kept" in out
     assert err.splitlines()[0] == f"margin around pit: 0 m, as in {tmp_path / 'old'}"
     _, err = built("old", "--margin", 500, ok=2)
-    assert (
-        "polygon or --margin has changed (the store has a margin of 0 m, asked for was 500 m)"
-        in err
-    )
+    assert "lies on another grid, because its margin was 0 m and is now 500 m; use another" in err
     out, err = built("new", "--margin", 100)
     assert "built" in out
     assert "margin around pit: 100 m" in err
