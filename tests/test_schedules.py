@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -142,3 +143,15 @@ def test_systemd_reads_the_units(tmp_path):
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_container_image_copies_files_and_installs_extras_that_exist():
+    recipe = (WORKFLOWS / "kubernetes" / "Dockerfile").read_text()
+    copied = [
+        name for line in re.findall(r"^COPY (.+) \S+$", recipe, re.M) for name in line.split()
+    ]
+    assert [name for name in copied if not (WORKFLOWS.parent / name).exists()] == []
+    project = tomllib.loads((WORKFLOWS.parent / "pyproject.toml").read_text())
+    assert project["project"]["readme"] in copied
+    (extras,) = re.findall(r"'\.\[(.+)\]'", recipe)
+    assert set(extras.split(",")) <= project["project"]["optional-dependencies"].keys()
