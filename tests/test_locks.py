@@ -87,6 +87,25 @@ def test_processes_take_turns(tmp_path):
     assert locks_of(tmp_path / "cubes.zarr") == []
 
 
+def _take_often(store, name):
+    for _ in range(300):
+        with locks.hold(store, name):
+            pass
+
+
+def test_a_lock_of_another_name_never_stands_in_the_way(tmp_path):
+    """The last holder removes the folder of locks, also while another process takes a lock."""
+    store = cube.Store(tmp_path / "cubes.zarr")
+    context = multiprocessing.get_context("fork")
+    taking = [context.Process(target=_take_often, args=(store, f"pit-{n}")) for n in range(3)]
+    for process in taking:
+        process.start()
+    for process in taking:
+        process.join()
+    assert [process.exitcode for process in taking] == [0, 0, 0]
+    assert locks_of(tmp_path / "cubes.zarr") == []
+
+
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     script = f"""
         import time

@@ -145,34 +145,49 @@ def _hold_file(folder: Path, name: str, wait_s: float) -> Iterator[Lock]:
 
 
 def _try_flock(path: Path) -> int | None:
-    """Open and lock a file; None if another run holds the lock."""
+    """Open and lock a file; None if another run holds the lock.
+
+    A run that releases its lock removes the file, and then the folder if it is empty. If that
+    happens here between two steps, no run holds the lock, so this begins again.
+    """
+    while True:
+        file = _open_lock(path)
+        if file is None:
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file_at_path = os.stat(path)  # noqa: PTH116  compared with fstat
+            if os.fstat(file).st_ino == file_at_path.st_ino:
+                return file
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
+            os.close(file)
+            return None
+        except OSError as error:
+            os.close(file)
+            raise CubeError(
+                f"{path}: this file system has no locks ({error.strerror}), so two runs could mix "
+                "their pixels; mount it with locks (Lustre: -o flock), or use another --store"
+            ) from error
+        os.close(file)
+
+
+def _open_lock(path: Path) -> int | None:
+    """Open or make a file of a lock; None if its folder is removed at this moment."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        if path.parent.is_file():
+        if path.parent.is_symlink() or path.parent.is_file():
             raise
-        return None  # another run removed the empty folder at this moment
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        with contextlib.suppress(OSError):  # a file of another user, already with this mode
-            os.fchmod(file, 0o666)
-    except FileNotFoundError:  # another run removed the empty folder at this moment
         return None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file_at_path = os.stat(path)  # noqa: PTH116  compared with fstat
-        if os.fstat(file).st_ino == file_at_path.st_ino:
-            return file
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError as error:
-        os.close(file)
-        raise CubeError(
-            f"{path}: this file system has no locks ({error.strerror}), so two runs could mix "
-            "their pixels; mount it with locks (Lustre: -o flock), or use another --store"
-        ) from error
-    os.close(file)
-    return None
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:
+        return None
+    with contextlib.suppress(OSError):  # a file of another user, already with this mode
+        os.fchmod(file, 0o666)
+    return file
 
 
 # Object stores
