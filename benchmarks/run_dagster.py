@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def measure_overhead() -> float:
     """
     import dagster as dg
 
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         path = make_dataset(folder, 1, _YEARS, 48, 3)
         summary = run(load_dataset(path), RunOptions(only=("search", "build")))
@@ -68,12 +69,14 @@ def _make_home(home: Path) -> Path:
 @contextmanager
 def _start_daemon(env: dict[str, str], log: Path) -> Iterator[None]:
     words = ["-c", "from dagster._daemon.cli import main; main()", "run", "-f", str(_WORKFLOW)]
+    command = [sys.executable, *words]
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, *words], env=env, stdout=out, stderr=out)
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=out, start_new_session=True)
         try:
             yield
         finally:
-            process.terminate()
+            # Its code server would go on for 20 seconds and write to the home.
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
 
 

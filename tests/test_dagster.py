@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -116,11 +117,13 @@ def test_partitions_schedules_and_metadata(world, tmp_path):
 def daemon(env, log):
     words = ["-c", "from dagster._daemon.cli import main; main()", "run", "-f", FILE]
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, *words], env=env, stdout=out, stderr=out)
+        options = {"env": env, "stdout": out, "stderr": out, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *words], **options)
         try:
             yield
         finally:
-            process.terminate()
+            # Its code server would go on for 20 seconds and write to the home.
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(60)
 
 
