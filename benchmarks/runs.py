@@ -9,6 +9,9 @@ rerun          rerun_ms_per_site_year: CPU time of a second `minecube build`, af
                everything; first_ms_per_site_year: CPU time of that first build
 overhead_local, overhead_dask
                overhead_*_s: seconds per empty unit of a run through an engine with one worker
+overhead_dagster
+               overhead_dagster_s: seconds of a run of Dagster's daemon for a site-year that is built
+               already, from launch to end, with the start of its process
 two_workers    two_workers_ratio: time of two worker processes for 24 equal site-years divided by
                that of one; each request takes 40 ms
 in_run         in_run_ratio: time of a site-year of 1024 x 1024 pixels and 40 dates inside a run
@@ -42,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
+import run_dagster
 import run_engines
 import run_status
 import shapely
@@ -111,6 +115,10 @@ def _measure_overhead_dask(_: argparse.Namespace) -> Figures:
     return {"overhead_dask_s": run_engines.measure_overhead("dask")}
 
 
+def _measure_overhead_dagster(_: argparse.Namespace) -> Figures:
+    return {"overhead_dagster_s": run_dagster.measure_overhead()}
+
+
 def _measure_two_workers(_: argparse.Namespace) -> Figures:
     return {"two_workers_ratio": run_engines.measure_two_workers()}
 
@@ -153,6 +161,7 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "rerun": _measure_rerun,
     "overhead_local": _measure_overhead_local,
     "overhead_dask": _measure_overhead_dask,
+    "overhead_dagster": _measure_overhead_dagster,
     "two_workers": _measure_two_workers,
     "in_run": _measure_in_run,
     "status_1330": _measure_status_1330,

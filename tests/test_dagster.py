@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -107,3 +111,51 @@ def test_partitions_schedules_and_metadata(world, tmp_path):
     searches = read_log(Path(env["MINECUBE_DATASET"])).query("step == 'build' and event == 'end'")
     assert searches[searches["state"] == "done"]["year"].tolist() == [2020, 2022]
     assert_built(world, tmp_path)
+
+
+@contextlib.contextmanager
+def daemon(env, log):
+    words = ["-c", "from dagster._daemon.cli import main; main()", "run", "-f", FILE]
+    with log.open("w") as out:
+        options = {"env": env, "stdout": out, "stderr": out, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *words], **options)
+        try:
+            yield
+        finally:
+            # Its code server would go on for 20 seconds and write to the home.
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
+def dagster(*words):
+    return ["-m", "dagster", *words]
+
+
+def wait_for(condition, log):
+    """Wait until a condition holds. After 300 s, fail with the end of the daemon's log."""
+    until = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < until, log.read_text()[-3000:]
+        time.sleep(1)
+
+
+@pytest.mark.slow
+def test_the_daemon_builds_new_sites_and_a_backfill_reports_failures(world, tmp_path):
+    env = make_home(world, tmp_path)
+    log = tmp_path / "daemon.log"
+    call(dagster("sensor", "start", "-f", FILE, "new_sites"), env)
+    with daemon(env, log):
+        wait_for(lambda: len(read_ends(Path(env["MINECUBE_DATASET"]))) == 3, log)
+        words = ("-j", "build_site_years", "--partitions", "pit|2020,pit|2021", "--noprompt")
+        out = call(dagster("job", "backfill", "-f", FILE, *words), env)
+        backfill = re.search(r"Launched backfill job `(\w+)`", out)[1]
+        wait_for(lambda: len(re.findall("RUN_SUCCESS|RUN_FAILURE", log.read_text())) == 5, log)
+        counts = call([FILE, backfill], env, ok=1)
+    assert sorted(counts.strip().split(", ")) == ["1 FAILURE", "1 SUCCESS"]
+    assert_built(world, tmp_path)
+
+
+def read_ends(dataset):
+    """Site-years that are built or have failed."""
+    ends = read_log(dataset).query("event == 'end'")
+    return {*ends.query("step == 'build' or state == 'failed'")["year"]}

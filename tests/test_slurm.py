@@ -15,7 +15,7 @@ import xarray as xr
 
 import slurm_server
 from known_builds import args, run_here
-from known_datasets import read_log, read_site, write_dataset
+from known_datasets import begun_builds, blocked_builds, read_log, read_site, write_dataset
 
 SCRIPT = Path(__file__).parents[1] / "workflows" / "slurm_array.sh"
 RUN = [sys.executable, "-c", "from minecube.cli import main; main()", "run"]
@@ -63,11 +63,18 @@ def call(command, env, cwd, ok=0):
     return done.stdout, done.stderr
 
 
-def wait_for(condition):
-    until = time.monotonic() + 400
+def wait_for(condition, slurm, folder):
+    """Wait until a condition holds. After 300 s, fail with the queue and the logs of the jobs."""
+    until = time.monotonic() + 300
     while not condition():
-        assert time.monotonic() < until
+        assert time.monotonic() < until, describe_jobs(slurm, folder)
         time.sleep(0.5)
+
+
+def describe_jobs(slurm, folder):
+    """The queue, and the end of each job's log."""
+    logs = [f"{path.name}:\n{path.read_text()[-800:]}" for path in folder.glob("slurm-*.out")]
+    return "\n".join([slurm_server.ask(["squeue"], slurm), *sorted(logs)])
 
 
 def test_workers_are_jobs(world, plain, slurm, tmp_path):
@@ -107,9 +114,46 @@ def submit(path, slurm, parts):
 def test_a_job_array_without_a_scheduler_process(world, plain, slurm, tmp_path):
     path = write_dataset(world, tmp_path)
     *_, last = submit(path, slurm, 2)
-    wait_for(lambda: not slurm_server.ask(["squeue", "-h"], slurm))
+    wait_for(lambda: not slurm_server.ask(["squeue", "-h"], slurm), slurm, tmp_path)
     log = (tmp_path / f"slurm-{last}.out").read_text()
     assert re.search(r"build +0 +2 +0 +0", log), log
     assert read_log(path)["event"].eq("end").sum() == 5
     assert (tmp_path / "results" / "audit" / "audit.parquet").exists()
     xr.testing.assert_identical(read_site(tmp_path), read_site(plain))
+
+
+@pytest.mark.slow
+def test_a_task_at_its_time_limit_requeues_only_itself(world, slurm, tmp_path):
+    """The last task of an array has the number of the whole array as its own."""
+    path = write_dataset(world, tmp_path)
+
+    def ask(*words):
+        return slurm_server.ask(["squeue", "-h", *words], slurm)
+
+    with blocked_builds(path) as release:
+        first, second, last = submit(path, slurm, 2)
+        wait_for(lambda: begun_builds(path), slurm, tmp_path)
+        # All builds belong to one site and so to one task. The other one ends by itself.
+        wait_for(lambda: ask("-j", first, "-r", "-o", "%T") == "RUNNING", slurm, tmp_path)
+        task = ask("-j", first, "-o", "%K")
+        # SLURM sends this signal two minutes before the time limit.
+        call(["scancel", "--batch", "--signal=USR1", f"{first}_{task}"], slurm, tmp_path)
+        wait_for(lambda: read_restarts(slurm, first), slurm, tmp_path)
+        assert read_restarts(slurm, first) == {task}
+        release()
+    wait_for(lambda: ask("-j", f"{first}_{task}", "-o", "%T") == "PENDING", slurm, tmp_path)
+    # SLURM keeps a requeued job back for two minutes.
+    call(["scontrol", "update", f"JobId={first}_{task}", "StartTime=now"], slurm, tmp_path)
+    # The arrays that follow are those of the test above.
+    call(["scancel", second, last], slurm, tmp_path)
+    wait_for(lambda: not ask(), slurm, tmp_path)
+    assert read_restarts(slurm, first) == {task}
+    log = (tmp_path / f"slurm-{first}_{task}.out").read_text()
+    assert re.search(rf"requeue {first}_{task}\n(.*\n)*build +[12] +0 +0 +0", log), log
+
+
+def read_restarts(slurm, array):
+    """Tasks of an array that were requeued."""
+    text = slurm_server.ask(["scontrol", "show", "job", array, "--oneliner"], slurm)
+    jobs = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
+    return {job["ArrayTaskId"] for job in jobs if job.get("Restarts", "0") != "0"}

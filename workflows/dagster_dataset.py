@@ -152,6 +152,8 @@ definitions = dg.Definitions(
     jobs=[build_job, results_job],
     schedules=[each_january, results_each_january],
     sensors=[new_sites],
+    # Each run has one step. By default, Dagster would start a second process for it.
+    executor=dg.in_process_executor,
 )
 
 if __name__ == "__main__":

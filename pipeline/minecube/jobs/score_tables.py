@@ -13,10 +13,9 @@ from typing import Any
 
 import pandas as pd
 
-from minecube import metrics
+from minecube import metrics, report
 from minecube.jobs.score import Counts
 from minecube.jobs.tables import format_latex, format_markdown, format_table, write_text
-from minecube.report import scores as pictures
 
 SHOWN = ("iou", "f1", "ca_tiou", "tiou_s", "tiou_c", "bc", "sc", "scs", "change_f1", "boundary_f1")
 """Scores of footprints in tables."""
@@ -241,7 +240,7 @@ def _draw_scores(tables: ScoreTables, folder: Path, models: Sequence[str]) -> li
         (by_gap, "change_f1_by_gap.png", "Change by gap", gap_axes),
     ):
         if lines:
-            pictures.draw_scores(lines, folder / name, title, axes=axes, models=models)
+            report.draw_scores(lines, folder / name, title, axes=axes, models=models)
             paths.append(folder / name)
     return paths
 
@@ -264,7 +263,7 @@ def _draw_curves(tables: ScoreTables, folder: Path, models: Sequence[str]) -> li
             model: metrics.tabulate_reliability(histogram)
             for model, histogram in footprints.items()
         }
-        pictures.draw_reliability(bins, path, "Reliability of footprints", models=models)
+        report.draw_reliability(bins, path, "Reliability of footprints", models=models)
         paths.append(path)
     for histograms, name, title in (
         (footprints, "precision_recall.png", "Footprints"),
@@ -278,6 +277,6 @@ def _draw_curves(tables: ScoreTables, folder: Path, models: Sequence[str]) -> li
         }
         pixels = next(iter(histograms.values())).pixels
         share = float(pixels[:, 1].sum() / max(pixels.sum(), 1))
-        pictures.draw_precision_recall(curves, folder / name, title, share, models=models)
+        report.draw_precision_recall(curves, folder / name, title, share, models=models)
         paths.append(folder / name)
     return paths

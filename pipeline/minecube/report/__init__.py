@@ -6,21 +6,28 @@ overview.py  mine area by year of many sites
 coverage.py  usable dates by month
 scores.py    scores by year and gap, precision and recall, reliability
 style.py     colours, axes and files of all pictures
+
+Matplotlib is loaded with the first picture: workers and schedulers start without it.
 """
 
-from minecube.report.areas import draw_areas
-from minecube.report.coverage import MISSING, NONE_USABLE, TOO_FEW, draw_coverage
-from minecube.report.overview import draw_area_overview
-from minecube.report.strips import OUTLINES, draw_comparison, draw_strip
+from __future__ import annotations
 
-__all__ = [
-    "MISSING",
-    "NONE_USABLE",
-    "OUTLINES",
-    "TOO_FEW",
-    "draw_area_overview",
-    "draw_areas",
-    "draw_comparison",
-    "draw_coverage",
-    "draw_strip",
-]
+import importlib
+from typing import Any
+
+_NAMES = {
+    "areas": ("draw_areas",),
+    "coverage": ("MISSING", "NONE_USABLE", "TOO_FEW", "draw_coverage"),
+    "overview": ("draw_area_overview",),
+    "scores": ("draw_precision_recall", "draw_reliability", "draw_scores"),
+    "strips": ("OUTLINES", "draw_comparison", "draw_strip"),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'minecube.report' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"minecube.report.{_HOME[name]}"), name)

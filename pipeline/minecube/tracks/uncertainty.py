@@ -28,7 +28,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import scipy.signal
 import xarray as xr
 from odc.geo.geobox import GeoBox
 
@@ -207,7 +206,9 @@ def estimate_areas(
 
 def _sum_covariances(deviation: Float64, kernel: Float64, common: float) -> float:
     """Sum the covariances of all pairs of pixels from the deviations (y, x) of their areas."""
-    neighbours = scipy.signal.oaconvolve(deviation, kernel, mode="same")
+    from scipy.signal import oaconvolve  # slow to import, and workers start without need of it
+
+    neighbours = oaconvolve(deviation, kernel, mode="same")
     variance = float(np.vdot(neighbours, deviation)) + common * float(deviation.sum()) ** 2
     return max(variance, 0)
 
