@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -25,6 +25,7 @@ from minecube.jobs.runs.inputs import (
     open_log,
 )
 from minecube.jobs.runs.joins import join_results
+from minecube.jobs.runs.lookups import READERS
 from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.plan import Barrier, Plan
 from minecube.jobs.runs.steps import Limits
@@ -39,8 +40,6 @@ _BUSY_S = 2.0
 _LONGEST_BUSY_S = 60.0
 _MOST_DEATHS = 3
 """Deaths of workers after which their unit has failed."""
-_READERS = 32
-"""Sites whose state is read at the same time from an object store."""
 
 
 def run(
@@ -87,7 +86,7 @@ def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
     Raises as `run` does.
     """
     forget_inputs()
-    inputs = load_inputs(dataset)
+    inputs = load_inputs(dataset).with_listings()
     scenes.check_years(dataset.years)
     check_inputs(inputs)
     steps = list_steps(dataset, options.only)
@@ -95,8 +94,8 @@ def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
     years = choose_years(dataset, options.years)
     shard = options.shard
     in_shard = sites if shard is None else [site for site in sites if shard.has_any(site, years)]
-    check_store(inputs, in_shard)
-    return Plan.make(inputs, options, steps, sites, years)
+    stored_years = check_store(inputs, in_shard)
+    return Plan.make(inputs, options, steps, sites, years, stored_years)
 
 
 def _choose_names(inputs: Inputs, names: str | tuple[str, ...]) -> list[str]:
@@ -124,28 +123,33 @@ def choose_years(dataset: Dataset, years: Sequence[int] | None) -> tuple[int, ..
     return tuple(years)
 
 
-def check_store(inputs: Inputs, sites: Iterable[str]) -> None:
+def check_store(inputs: Inputs, sites: Sequence[str]) -> dict[str, list[int]]:
     """Raise CubeError if the store is of another dataset: all its sites have another grid or recipe.
 
-    A site that alone does not fit, or has no polygon, is left to its own failure.
+    A site that alone does not fit, or has no polygon, is left to its own failure. Returns the years
+    in the group of each other site; none for a site without a group.
     """
 
     _check_dataset(inputs)
+    store = inputs.store
+    stored = set(store.list_folders("")) if store.path is None else set(sites)
 
-    def check(name: str) -> CubeError | bool:
+    def check(name: str) -> CubeError | list[int] | None:
         site = inputs.sites[name]
-        if site.geometry is None:
-            return False
+        if name not in stored:
+            return None
         try:
-            return cube.check_site(inputs.store, site, grid_of(site), inputs.job.recipe)
+            return cube.read_fitting_years(store, site, grid_of(site), inputs.job.recipe)
         except CubeError as error:
             return error
 
-    with ThreadPoolExecutor(1 if inputs.store.path else _READERS) as pool:
-        found = list(pool.map(check, sites))
-    errors = [error for error in found if isinstance(error, CubeError)]
-    if errors and not any(fits is True for fits in found):
+    placed = [name for name in sites if inputs.sites[name].geometry is not None]
+    with ThreadPoolExecutor(1 if store.path else READERS) as pool:
+        found = dict(zip(placed, pool.map(check, placed), strict=True))
+    errors = [error for error in found.values() if isinstance(error, CubeError)]
+    if errors and not any(isinstance(years, list) for years in found.values()):
         raise errors[0]
+    return {name: years or [] for name, years in found.items() if not isinstance(years, CubeError)}
 
 
 def _check_dataset(inputs: Inputs) -> None:
@@ -257,7 +261,7 @@ class _Driver:
         requests of several sites overlap.
         """
         is_remote = self._plan.inputs.store.path is None
-        count = min(_READERS, len(self._ready)) if is_remote else 1
+        count = min(READERS, len(self._ready)) if is_remote else 1
         chains = [self._ready.popleft() for _ in range(count)]
         with ThreadPoolExecutor(count) as pool:
             return list(zip(chains, pool.map(_find_next, chains), strict=True))

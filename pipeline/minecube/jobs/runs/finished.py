@@ -19,12 +19,22 @@ import orjson
 from minecube.cube.events import RUNS
 from minecube.cube.store import Store
 from minecube.files import replacing
+from minecube.places import Place, place_of
 
 _READERS = 32  # simultaneous requests to an object store
 
 
+def folder_of_notes(store: Store, step: str) -> Place:
+    """Return the folder with the notes of a step."""
+    return place_of(store.name) / _folder(step)
+
+
+def _folder(step: str) -> str:
+    return f"{RUNS}/steps/{step}"
+
+
 def _key(step: str, name: str) -> str:
-    return f"{RUNS}/steps/{step}/{name}.json"
+    return f"{_folder(step)}/{name}.json"
 
 
 def note_finished(store: Store, step: str, name: str, inputs: str, outputs: Any) -> None:

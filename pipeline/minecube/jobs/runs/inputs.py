@@ -8,7 +8,7 @@ import io
 import threading
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,6 +28,7 @@ from minecube.jobs.catalogs import (
     load_all_models,
     load_all_recipes,
 )
+from minecube.jobs.runs.lookups import ListedLookup, Lookup
 from minecube.jobs.scene_lists import default_folder
 from minecube.jobs.selection import SiteChoice, choose_sites
 from minecube.places import Place, place_of
@@ -76,6 +77,11 @@ class Inputs:
     dataset: Dataset
     sites: dict[str, Site]
     job: BuildJob
+    lookup: Lookup = field(default_factory=Lookup, compare=False)
+
+    def with_listings(self) -> Inputs:
+        """Return the inputs for reading the state of many sites: folders are listed once."""
+        return replace(self, lookup=ListedLookup(self.sites))
 
     @property
     def store(self) -> cube.Store:

@@ -20,10 +20,10 @@ from minecube.errors import MinecubeError, SceneError
 from minecube.jobs.runs.driver import make_plan, run
 from minecube.jobs.runs.inputs import Inputs, load_inputs
 from minecube.jobs.runs.plan import Plan
-from minecube.jobs.runs.states import StaleCheck, list_path, list_read_years, needs_search
+from minecube.jobs.runs.states import StaleCheck, list_read_years, needs_search
 from minecube.jobs.runs.summary import Progress, RunOptions, Summary
 from minecube.jobs.runs.units import Unit
-from minecube.jobs.scene_lists import load_or_search, save_list
+from minecube.jobs.scene_lists import load_list, save_list
 from minecube.scenes import SceneChange, SearchResult
 
 _SEARCHES = 4
@@ -124,13 +124,12 @@ def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool
 def _search_again(inputs: Inputs, site: str, year: int, found: Changes) -> SearchResult:
     job = inputs.job
     listed = scenes.search(inputs.sites[site], year, *job.sources)
-    if list_path(inputs, site, year).exists():
-        try:
-            old = load_or_search(inputs.sites[site], year, job.sources, job.snapshots).scenes
-        except SceneError:  # of another search; the new list takes its place
-            old = ()
-        if changes := scenes.compare_lists(old, listed.scenes):
-            found.scenes[site, year] = changes
+    try:
+        old = load_list(inputs.sites[site], year, job.sources, job.snapshots)
+    except SceneError:  # of another search; the new list takes its place
+        old = SearchResult(scenes=(), listed=0)
+    if old is not None and (changes := scenes.compare_lists(old.scenes, listed.scenes)):
+        found.scenes[site, year] = changes
     return listed
 
 
@@ -142,7 +141,7 @@ def _judge(plan: Plan, check: StaleCheck, unit: Unit, found: Changes, *, rebuild
         found.reasons[key] = "new"
     elif reason := check.explain_inputs(commit):
         found.reasons[key] = reason
-    elif reason := check.explain(commit):
+    elif reason := check.explain_version(commit):
         (found.reasons if rebuild else found.older)[key] = reason
 
 
@@ -171,8 +170,12 @@ def choose_store(dataset: Dataset) -> Dataset:
 
 def _read_recipe(inputs: Inputs) -> dict[str, object] | None:
     """Return the recipe of the first committed site; None in an empty store."""
-    for site in inputs.sites:
-        for commit in list_commits(inputs.store, [site]).values():
+    store = inputs.store
+    if store.path is not None and not store.path.is_dir():
+        return None
+    stored = set(store.list_folders(""))
+    for site in filter(stored.__contains__, inputs.sites):
+        for commit in list_commits(store, [site]).values():
             return untitled(commit.recipe)
     return None
 
