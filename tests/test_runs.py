@@ -130,6 +130,27 @@ def test_a_second_run_starts_no_worker_and_writes_nothing(copied: Path) -> None:
     assert hash_tree(copied) == before
 
 
+def test_a_copy_with_other_times_is_finished(
+    finished_run: Path, run_world: Path, tmp_path: Path
+) -> None:
+    """As `cp -r` and `aws s3 sync` make it. Content decides: a changed list is found."""
+    shutil.copytree(finished_run, tmp_path / "new", copy_function=shutil.copyfile)
+    command = ["run", str(tmp_path / "new" / "dataset.yaml"), "--dry-run"]
+    done = CliRunner().invoke(cli, command)
+    rows = [line.split() for line in done.output.splitlines()[2:]]
+    assert {row[0]: row[1] for row in rows} == dict.fromkeys(STEPS, "0")
+
+    write_scenes(tmp_path, months=(5, 6))
+    (tmp_path / "recipes.yaml").write_text(json.dumps({"tiny": RECIPE}))
+    thin = dataset_in(tmp_path, run_world, catalog=str(tmp_path), store="thin.zarr")
+    assert run(thin, RunOptions(only=("search",), sites="pit")).exit_code == 0
+    for path in (tmp_path / "thin.zarr-scenes").iterdir():
+        shutil.copyfile(path, tmp_path / "new" / "cubes.zarr-scenes" / path.name)
+    done = CliRunner().invoke(cli, command)
+    assert done.stdout.splitlines()[3].split() == ["audit", "1", "1"]
+    assert "2 finished site-years are stale" in done.stderr
+
+
 def test_a_finished_dataset_is_finished_in_an_object_store_too(
     copied: Path, run_world: Path, bucket: str
 ) -> None:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 FindScenes = Callable[[Site, int, Sequence[Source], Place], scenes.SearchResult]
 """Finds the scenes of a site and year in sources, with a folder of lists."""
+HashList = Callable[[Site, int, Sequence[Source], Place], str | None]
+"""Hashes the saved list of a site and year, as `hash_list`."""
 
 _CACHED_LISTS = 4  # a year, its two neighbours, and the next year
 

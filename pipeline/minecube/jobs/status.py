@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from minecube.errors import CubeError
 from minecube.grid import area_of
 from minecube.jobs.runs.history import COLUMNS, History
 from minecube.jobs.runs.inputs import forget_inputs, load_inputs
+from minecube.jobs.runs.lookups import READERS
 from minecube.jobs.runs.site_steps import check_steps
 from minecube.jobs.runs.states import StaleCheck
 from minecube.jobs.runs.units import SITE_STEPS, list_steps
@@ -103,7 +105,9 @@ def read_status(dataset: Dataset) -> Status:
     damaged: dict[tuple[str, int], CubeError] = {}
     commits = read_commits(inputs.store, keys, damaged)
     check = StaleCheck(inputs)
-    reasons = {key: reason for key, commit in commits.items() if (reason := check.explain(commit))}
+    with ThreadPoolExecutor(1 if inputs.store.path else READERS) as pool:
+        found = zip(commits, pool.map(check.explain, commits.values()), strict=True)
+        reasons = {key: reason for key, reason in found if reason}
     steps = [step for step in list_steps(dataset) if step in SITE_STEPS]
     terms = Terms.load(Path(dataset.prices)) if dataset.prices else Terms()
     finished = None

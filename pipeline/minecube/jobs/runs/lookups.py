@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minecube import cube
+from minecube.catalog import Site, Source
 from minecube.cube.read.summaries import read_seal
 from minecube.jobs.runs.finished import folder_of_notes, read_finished
 from minecube.jobs.runs.units import SITE_STEPS
+from minecube.jobs.scene_lists import hash_list
 from minecube.places import Place, Url, list_files, time_of_change
 
 READERS = 32
@@ -38,6 +40,12 @@ class Lookup:
     def list_files(self, folder: Place) -> list[str]:
         """List the files below a folder, relative to it, sorted; empty for a missing folder."""
         return list_files(folder)
+
+    def hash_list(
+        self, site: Site, year: int, sources: Sequence[Source], folder: Place
+    ) -> str | None:
+        """Hash a scene list as `scene_lists.hash_list` does."""
+        return hash_list(site, year, sources, folder)
 
     def read_note(self, store: cube.Store, step: str, name: str) -> dict[str, Any]:
         """Read the note of a finished step as `read_finished` does."""
@@ -71,6 +79,7 @@ class ListedLookup(Lookup):
     def __init__(self, sites: Iterable[str]) -> None:
         self._sites = sorted(sites)
         self._lock = threading.RLock()
+        self._hashes: dict[tuple[str, int], str | None] = {}
         self._list = functools.cache(self._list_folder)
         self._read_note = functools.lru_cache(_KEPT)(read_finished)
         self._read_seal = functools.lru_cache(_KEPT)(read_seal)
@@ -92,6 +101,19 @@ class ListedLookup(Lookup):
         if isinstance(folder, Path):
             return list_files(folder)
         return self._open(folder.parent).below.get(folder.name, [])
+
+    def hash_list(
+        self, site: Site, year: int, sources: Sequence[Source], folder: Place
+    ) -> str | None:
+        """Hash a scene list once, though audits and builds compare it."""
+        key = (site.id, year)
+        known = self._hashes.get(key)
+        if known is None:
+            known = hash_list(site, year, sources, folder)
+            if len(self._hashes) >= _KEPT:
+                self._hashes.clear()
+            self._hashes[key] = known
+        return known
 
     def read_note(self, store: cube.Store, step: str, name: str) -> dict[str, Any]:
         """Read a note. One that is not in the listing costs no request."""

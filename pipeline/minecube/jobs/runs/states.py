@@ -14,7 +14,7 @@ from minecube.cube.read.summaries import Commit, grid_key
 from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.jobs.audit import LISTING_LAG
-from minecube.jobs.build import choose_scenes
+from minecube.jobs.build import choose_scenes, hash_listed_inputs
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.scene_lists import load_or_search, path_of_list
 from minecube.places import Place
@@ -96,6 +96,11 @@ class StaleCheck:
     def _has_other_scenes(self, commit: Commit) -> bool:
         inputs = self._inputs
         site = inputs.sites[commit.site]
+        is_saved = not any(site_id == commit.site for site_id, _ in self._searched)
+        if is_saved and commit.inputs == hash_listed_inputs(
+            inputs.job, site, commit.year, inputs.lookup.hash_list
+        ):
+            return False  # only the time of a list has changed, as in a copy
         try:
             _, candidates = choose_scenes(inputs.job, site, commit.year, self._find)
         except SceneError:
