@@ -28,6 +28,7 @@ from minecube.jobs.runs.joins import join_results
 from minecube.jobs.runs.lookups import READERS
 from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.plan import Barrier, Plan
+from minecube.jobs.runs.processes import end_unguarded_import
 from minecube.jobs.runs.steps import Limits
 from minecube.jobs.runs.summary import Progress, RunOptions, Summary
 from minecube.jobs.runs.units import Unit, list_steps
@@ -56,8 +57,10 @@ def run(
     Raises:
         CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
         CubeError: the store is of another dataset, or cannot be read or written.
-        WorkerError: the Dask scheduler is gone. Finished units are safe.
+        WorkerError: the Dask scheduler is gone, or the user's script starts a run when a worker
+            imports it. Finished units are safe.
     """
+    end_unguarded_import()
     options = options or RunOptions()
     start = time.monotonic()
     summary = Summary()
@@ -85,6 +88,7 @@ def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
 
     Raises as `run` does.
     """
+    end_unguarded_import()
     forget_inputs()
     inputs = load_inputs(dataset).with_listings()
     scenes.check_years(dataset.years)
@@ -302,6 +306,8 @@ class _Driver:
             result = future.result()
         except CancelledError as error:  # no code here cancels units, so the scheduler is gone
             raise WorkerError(describe_failure(error)) from error
+        except WorkerError:  # no worker can start
+            raise
         except BaseException as error:
             if self._engine is None or not self._engine.is_death(error):
                 if not isinstance(error, Exception):
