@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import geopandas as gpd
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -29,6 +30,7 @@ from minecube.cube.events import read_events
 from minecube.errors import CubeError
 from minecube.jobs.runs import RunOptions, run
 from minecube.jobs.runs.units import STEPS, Shard, Unit
+from minecube.jobs.status import read_status
 
 SITES = tuple(PLACES)
 
@@ -359,6 +361,38 @@ def test_a_damaged_marker_fails_its_site_and_no_other(copied: Path) -> None:
     assert "marker of pit 2020 is damaged" in result.message
     assert summary.results[Unit("export", "pond")].is_good
     assert summary.exit_code == 1
+
+
+def test_a_site_without_its_polygon_is_logged_once(
+    copied: Path, run_world: Path, tmp_path: Path
+) -> None:
+    """No worker gets its site-years, so the run itself logs why."""
+    sites = gpd.read_file(run_world / "sites.geojson")
+    sites.loc[sites["id"] == "pit", "geometry"] = None
+    sites.to_file(tmp_path / "sites.geojson")
+    dataset = dataset_in(copied, run_world, sites=str(tmp_path / "sites.geojson"))
+    reported: list[Unit] = []
+    for _ in range(2):
+        run(dataset, RunOptions(only=("build",)), lambda unit, *_: reported.append(unit))
+    failed = [("build", "pit", year) for year in YEARS]
+    assert [(unit.step, unit.site, unit.year) for unit in reported] == failed * 2
+    log = events_of(copied).query("state == 'failed'")
+    assert list(log[["step", "site", "year"]].itertuples(index=False, name=None)) == failed
+    status = read_status(dataset)
+    assert status.site_years["state"].loc["pit"].eq("failed").all()
+    assert status.site_years["why"].loc["pit", 2020] == log["message"].iloc[0]
+    assert status.site_years["state"].loc["pond"].eq("done").all()
+
+
+def test_a_damaged_marker_of_another_year_fails_the_step_that_needs_it(
+    copied: Path, run_world: Path
+) -> None:
+    (copied / "cubes.zarr" / "pit" / "builds" / "2021" / "zarr.json").write_text("{")
+    dataset = dataset_in(copied, run_world, years="2020")
+    summary = run(dataset, RunOptions(only=("build", "label", "export")))
+    assert set(summary.failures) == {Unit("label", "pit")}
+    steps = read_status(dataset).steps
+    assert list(steps["label"]) == ["failed", "done"]
 
 
 def test_an_export_leaves_no_file_of_an_earlier_one(copied: Path, run_world: Path) -> None:

@@ -24,7 +24,7 @@ from minecube.catalog import Dataset
 from minecube.composite.plan import Terms
 from minecube.cube.events import RUNS, Events, read_events
 from minecube.cube.read.summaries import Commit, list_commits, read_commits
-from minecube.errors import CubeError
+from minecube.errors import CubeError, MinecubeError
 from minecube.grid import area_of
 from minecube.jobs.runs.history import COLUMNS, History
 from minecube.jobs.runs.inputs import forget_inputs, load_inputs
@@ -105,8 +105,16 @@ def read_status(dataset: Dataset) -> Status:
     damaged: dict[tuple[str, int], CubeError] = {}
     commits = read_commits(inputs.store, keys, damaged)
     check = StaleCheck(inputs)
+
+    def explain(commit: Commit) -> str:
+        try:
+            return check.explain(commit)
+        except MinecubeError as error:  # the polygon of its site is gone, for example
+            damaged[commit.site, commit.year] = CubeError(str(error))
+            return ""
+
     with ThreadPoolExecutor(1 if inputs.store.path else READERS) as pool:
-        found = zip(commits, pool.map(check.explain, commits.values()), strict=True)
+        found = zip(commits, pool.map(explain, commits.values()), strict=True)
         reasons = {key: reason for key, reason in found if reason}
     steps = [step for step in list_steps(dataset) if step in SITE_STEPS]
     terms = Terms.load(Path(dataset.prices)) if dataset.prices else Terms()

@@ -248,7 +248,9 @@ class _Driver:
             self._again.remove(work)
             self._submit(self._engine or start_engine(), work)
         while self._ready and not self._has_enough():
-            for chain, units in self._find_units():
+            found = self._find_units()
+            self._log_failed()
+            for chain, units in found:
                 if isinstance(units, Barrier):
                     self._parked.append(chain)
                 elif units:
@@ -334,8 +336,21 @@ class _Driver:
         )
         return self._log_end(work, result)
 
+    def _log_failed(self) -> None:
+        """Log the units that failed in the plan, unless an earlier run has logged the same."""
+        plan = self._plan
+        while plan.failed:
+            unit = plan.failed.popleft()
+            result = plan.summary.results[unit]
+            if not plan.history.has_failure(unit, result.message):
+                self._log(unit, plan.history.count_attempts(unit) + 1, result)
+            self._progress(unit, result, plan.count())
+
     def _log_end(self, work: _Work, result: Result) -> Result:
         """Log that a unit has failed, in place of its worker."""
-        with suppress(CubeError):  # the unit may have failed because the store cannot be written
-            log_end(open_log(self._plan.inputs.store), work.unit, work.attempt, result)
+        self._log(work.unit, work.attempt, result)
         return result
+
+    def _log(self, unit: Unit, attempt: int, result: Result) -> None:
+        with suppress(CubeError):  # the unit may have failed because the store cannot be written
+            log_end(open_log(self._plan.inputs.store), unit, attempt, result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -63,6 +63,8 @@ class Plan:
     summary: Summary = field(default_factory=Summary)
     are_rates_known: bool = False
     """Whether tracks may start."""
+    failed: deque[Unit] = field(default_factory=deque)
+    """Units that failed before any worker had them. The driver logs them."""
 
     @classmethod
     def make(
@@ -107,19 +109,25 @@ class Plan:
     def walk(self, site: str) -> Iterator[list[Unit] | Barrier]:
         """Yield the unfinished units of each step of a site. Resume when they have ended.
 
-        If the state of the site cannot be read, its first step has failed.
+        If the state of a step cannot be read, the step has failed, and no later one starts.
         """
+        reached = [self.steps[0]]
         try:
-            yield from self._walk(site)
+            yield from self._walk(site, reached)
         except (MinecubeError, OSError, BaseError) as error:
-            self._fail(Unit(self.steps[0], site), error)
+            step = reached[-1]
+            years = self.years if step in SITE_YEAR_STEPS else (0,)
+            for year in years:
+                if self.options.shard is None or self.options.shard.has(site, year):
+                    self._fail(Unit(step, site, year), error)
 
-    def _walk(self, site: str) -> Iterator[list[Unit] | Barrier]:
+    def _walk(self, site: str, reached: list[str]) -> Iterator[list[Unit] | Barrier]:
         failed: set[str] = set()
         committed: Commits | None = None
         follows = False  # an earlier unit has succeeded
         inputs = self.inputs
         for step in self.steps:
+            reached.append(step)
             if step in SITE_YEAR_STEPS:
                 committed = None  # read again after builds
                 if units := self._list_site_years(step, site):
@@ -217,6 +225,7 @@ class Plan:
     def _fail(self, unit: Unit, error: Exception) -> None:
         """Note that a unit cannot be worked on."""
         self.summary.results[unit] = Result.from_error(error)
+        self.failed.append(unit)
 
     def _has_failed(self, unit: Unit) -> bool:
         result = self.summary.results.get(unit)

@@ -20,7 +20,7 @@ from minecube import cube, export
 from minecube.catalog.dataset import ExportInput, LabelInput, ScoreInput
 from minecube.cube.read.summaries import Commit, list_commits
 from minecube.digests import sha256_of_json
-from minecube.errors import CubeError
+from minecube.errors import CubeError, MinecubeError
 from minecube.files import replacing
 from minecube.jobs.audit import judge_lists
 from minecube.jobs.export import ExportOptions, export_sites
@@ -105,7 +105,7 @@ def check_steps(inputs: Inputs, names: Sequence[str]) -> dict[str, dict[str, boo
         try:
             commits = read_site_commits(inputs, site)
             return [is_finished(name, make_step(name, inputs, site, commits)) for name in names]
-        except CubeError:  # a damaged marker, which is listed for its site-year
+        except MinecubeError:  # a damaged marker, for example, which is listed for its site-year
             return [False] * len(names)
 
     with ThreadPoolExecutor(1 if inputs.store.path else READERS) as pool:
