@@ -12,6 +12,7 @@ from minecube.cli.bars import progress_bar
 from minecube.cli.options import collect_options, dataset_argument
 from minecube.cli.run import change_engine, engine_option, print_summary, report_to
 from minecube.jobs.failures import CLASSES
+from minecube.jobs.runs.engines import interrupted_by_sigterm
 from minecube.jobs.runs.retry import MENDABLE, Failure, RetryOptions
 from minecube.jobs.runs.retry import retry as retry_dataset
 from minecube.jobs.runs.units import list_steps
@@ -64,6 +65,7 @@ def _parse_time(
 )
 @engine_option
 @collect_options
+@interrupted_by_sigterm()
 def retry(dataset: Dataset, options: RetryOptions, engine: str | None) -> None:
     """Try the failed parts of a run of DATASET again, a dataset.yaml.
 

@@ -17,6 +17,7 @@ from minecube.errors import CatalogError
 from minecube.jobs.runs import RunOptions, Summary
 from minecube.jobs.runs import run as run_dataset
 from minecube.jobs.runs.driver import make_plan
+from minecube.jobs.runs.engines import interrupted_by_sigterm
 from minecube.jobs.runs.inputs import choose_cluster
 from minecube.jobs.runs.summary import Progress
 from minecube.jobs.runs.units import Shard, Unit, list_steps
@@ -83,6 +84,7 @@ engine_option = click.option(
     "--dry-run", is_flag=True, help="Print how many units each step would run. Writes nothing."
 )
 @collect_options
+@interrupted_by_sigterm()
 def run(
     dataset: Dataset | None,
     template: Place | None,

@@ -14,6 +14,7 @@ from minecube.cli.bars import progress_bar
 from minecube.cli.options import collect_options, dataset_argument
 from minecube.cli.parameters import OutFile, Years
 from minecube.cli.run import change_engine, engine_option, print_summary, report_to
+from minecube.jobs.runs.engines import interrupted_by_sigterm
 from minecube.jobs.runs.publishing import check_publishing, publish_dataset
 from minecube.jobs.runs.units import list_steps
 from minecube.jobs.runs.update import Changes, UpdateOptions, choose_store, find_changes
@@ -52,6 +53,7 @@ _MOST_ROWS = 40
 )
 @engine_option
 @collect_options
+@interrupted_by_sigterm()
 def update(
     dataset: Dataset,
     options: UpdateOptions,

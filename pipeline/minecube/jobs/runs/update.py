@@ -6,6 +6,7 @@ another recipe go to a store of their own, so the old store stays as it is.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -76,11 +77,19 @@ def find_changes(
     """
     plan = make_plan(dataset, RunOptions(sites=options.sites))
     found = Changes()
+    stopped = threading.Event()
+
+    def find(site: str) -> Changes:
+        return _find_site_changes(plan, site, options, save, stopped)
+
     with ThreadPoolExecutor(_SEARCHES) as pool:
-        sites = pool.map(lambda site: _find_site_changes(plan, site, options, save), plan.sites)
-        for site, changes in zip(plan.sites, sites, strict=True):
-            found.add(changes)
-            note(site)
+        try:
+            for site, changes in zip(plan.sites, pool.map(find, plan.sites), strict=True):
+                found.add(changes)
+                note(site)
+        except BaseException:  # Ctrl-C, for example: begun searches end, and no other begins
+            stopped.set()
+            raise
     return found
 
 
@@ -95,14 +104,16 @@ def update(
     return run(dataset, chosen, progress)
 
 
-def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool) -> Changes:
+def _find_site_changes(
+    plan: Plan, site: str, options: UpdateOptions, save: bool, stopped: threading.Event
+) -> Changes:
     """Search the lists of one site that are missing or may have changed, and compare."""
     inputs = plan.inputs
     found = Changes()
     searched: dict[tuple[str, int], SearchResult] = {}
     for year in list_read_years(inputs.job.recipe, plan.years):
         is_incomplete = needs_search(inputs, site, year)
-        if not (is_incomplete or options.refresh):
+        if stopped.is_set() or not (is_incomplete or options.refresh):
             continue
         try:
             listed = _search_again(inputs, site, year, found)
