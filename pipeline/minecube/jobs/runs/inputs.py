@@ -113,15 +113,21 @@ def load_inputs(dataset: Dataset) -> Inputs:
     """
     catalog = _catalog_of(dataset)
     if isinstance(catalog, Path) and not catalog.is_dir():
-        raise CatalogError(f"{catalog}: no such folder; expected the `catalog` of {dataset.id}")
+        with dataset.naming_line("catalog"):
+            raise CatalogError(f"{catalog}: no such folder; expected the `catalog` of {dataset.id}")
     store = cube.Store.connect(dataset.store, writable=True)
-    sites = choose_sites(SiteChoice(dataset.sites, dataset.sites_layer), catalog)
+    with dataset.naming_line("sites"):
+        sites = choose_sites(SiteChoice(dataset.sites, dataset.sites_layer), catalog)
+    with dataset.naming_line("sources"):
+        sources = choose_sources(",".join(dataset.sources), catalog)
+    with dataset.naming_line("recipe"):
+        recipe = pick(load_all_recipes(catalog), dataset.recipe, "recipe")
     if dataset.margin is not None:
         sites = [replace(site, margin=dataset.margin) for site in sites]
     job = BuildJob(
         store=store,
-        sources=choose_sources(",".join(dataset.sources), catalog),
-        recipe=pick(load_all_recipes(catalog), dataset.recipe, "recipe"),
+        sources=sources,
+        recipe=recipe,
         snapshots=place_of(dataset.scenes) if dataset.scenes else default_folder(store),
         on_offset_conflict=dataset.on_offset_conflict,
         min_read_completeness=dataset.min_read_completeness,
@@ -159,11 +165,14 @@ def check_inputs(inputs: Inputs) -> None:
     dataset = inputs.dataset
     choose_cluster(dataset)
     if dataset.prices is not None:
-        Terms.load(place_of(dataset.prices))
+        with dataset.naming_line("prices"):
+            Terms.load(place_of(dataset.prices))
     if dataset.labels is not None and not place_of(dataset.labels.file).exists():
-        raise CatalogError(f"{dataset.labels.file}: no such file; expected polygons of mines")
-    for model in dataset.models:
-        identify_model(inputs, model.file)
+        with dataset.naming_line("labels"):
+            raise CatalogError(f"{dataset.labels.file}: no such file; expected polygons of mines")
+    for index, model in enumerate(dataset.models):
+        with dataset.naming_line("models", index):
+            identify_model(inputs, model.file)
 
 
 @cached_for_run(maxsize=2)
