@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from minecube import cube, scenes
 from minecube.catalog import Dataset, format_years
-from minecube.errors import CatalogError, CubeError, WorkerError
+from minecube.errors import CatalogError, CubeError, UnguardedScriptError, WorkerError
 from minecube.grid import grid_of
 from minecube.jobs.failures import describe_failure
 from minecube.jobs.runs.engines import Engine, interrupted_by_sigterm, open_engine
@@ -57,8 +57,8 @@ def run(
     Raises:
         CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
         CubeError: the store is of another dataset, or cannot be read or written.
-        WorkerError: the Dask scheduler is gone, or the user's script starts a run when a worker
-            imports it. Finished units are safe.
+        WorkerError: the Dask scheduler is gone. Finished units are safe.
+        UnguardedScriptError: the user's script starts a run when a worker imports it.
     """
     end_unguarded_import()
     options = options or RunOptions()
@@ -308,7 +308,7 @@ class _Driver:
             result = future.result()
         except CancelledError as error:  # no code here cancels units, so the scheduler is gone
             raise WorkerError(describe_failure(error)) from error
-        except WorkerError:  # no worker can start
+        except UnguardedScriptError:  # no worker can start
             raise
         except BaseException as error:
             if self._engine is None or not self._engine.is_death(error):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Any
 
-from minecube.errors import WorkerError
+from minecube.errors import UnguardedScriptError
 
 _UNGUARDED = 71
 """Exit code of a process that has begun a run while it imported the user's script."""
@@ -65,7 +65,7 @@ class Processes:
         """Hand a task to the next free process.
 
         The future raises BrokenProcessPool if the process dies, OSError if none can be started, and
-        WorkerError if the user's script starts a run when a process imports it.
+        UnguardedScriptError if the user's script starts a run when a process imports it.
         """
         task = _Task(function, args, Future())
         with self._lock:
@@ -116,7 +116,7 @@ class Processes:
             error = None if ended.cancelled() else ended.exception()
             is_dead = isinstance(error, BrokenProcessPool)
             if is_dead and _UNGUARDED in [process.exitcode for process in processes]:
-                error = WorkerError(
+                error = UnguardedScriptError(
                     "the script starts a run when it is imported, and each worker imports it; "
                     'start the run below `if __name__ == "__main__":`'
                 )
