@@ -10,7 +10,7 @@ from known_builds import run_here
 from known_datasets import write_dataset
 from minecube.catalog import load_clusters, load_dataset, load_sources
 from minecube.catalog.scene_source import Access
-from minecube.cli.run import _change_engine
+from minecube.cli.run import change_engine
 from minecube.errors import CatalogError
 from minecube.jobs.runs.engines import count_cores, share_requests
 from minecube.jobs.runs.inputs import choose_cluster
@@ -61,9 +61,9 @@ def test_the_engine_of_a_dataset_is_a_name_or_an_address(world, tmp_path):
 
 def test_another_engine_keeps_the_workers_of_this_machine_only(world, tmp_path):
     dataset = load_dataset(write_dataset(world, tmp_path, workers=4))
-    assert _change_engine(dataset, "local") == dataset
-    assert _change_engine(dataset, "slurm").workers is None
-    assert _change_engine(dataset, "tcp://10.0.0.1:8786").workers is None
+    assert change_engine(dataset, "local") == dataset
+    assert change_engine(dataset, "slurm").workers is None
+    assert change_engine(dataset, "tcp://10.0.0.1:8786").workers is None
 
 
 @pytest.mark.parametrize(

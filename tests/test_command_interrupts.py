@@ -15,6 +15,7 @@ import pytest
 
 from known_bad_inputs import BUILD, STORE, make_world
 from known_builds import messages_in
+from known_run_failures import write_dataset
 from minecube import cube
 
 
@@ -72,6 +73,45 @@ def test_an_interrupt_is_one_sentence(world, tmp_path, line, seconds, said):
     assert said in sentence
     assert command.returncode == 130
     assert not (tmp_path / "m.pt").exists()
+
+
+# Each search takes a second, and there are more of them than the command may wait for.
+SLOW_SEARCHES = """
+import sys
+import time
+from minecube import scenes
+from minecube.cli import main
+
+def search(*args):
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(1)
+    raise scenes.NoScenesError("none", None)
+
+scenes.search = search
+main()
+"""
+
+
+def test_sigterm_ends_the_searches_of_an_update_as_a_run(world, tmp_path):
+    dataset = write_dataset(tmp_path, world, years="2016-2023")
+    command = subprocess.Popen(
+        [sys.executable, "-c", SLOW_SEARCHES, "update", dataset],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while command.stderr.readline() != "ready\n":
+            assert command.poll() is None
+        command.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        _, err = command.communicate(timeout=30)
+    finally:
+        command.kill()
+        command.communicate()
+    assert time.monotonic() - start < 7  # of the eight seconds of one site
+    lines = [line for line in err.splitlines() if line != "ready"]
+    assert lines == ["interrupted; finished steps are safe; run the same command again to resume"]
+    assert command.returncode == 130
 
 
 def _with_a_map(world, folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ import xarray as xr
 
 from known_builds import args, run_here
 from known_datasets import begun_builds, blocked_builds, read_log, read_site, write_dataset
+from minecube import cube
 from minecube.catalog import load_dataset
+from minecube.cube.events import EventLog
 from minecube.jobs.runs import RunOptions, run
 
 distributed = pytest.importorskip("distributed")
@@ -80,6 +83,21 @@ def test_a_run_on_a_scheduler_makes_the_same_cubes(world, plain, cluster, tmp_pa
     xr.testing.assert_identical(read_site(tmp_path), read_site(plain))
 
 
+def test_an_update_and_a_retry_run_on_a_scheduler(world, plain, cluster, tmp_path):
+    path = write_dataset(world, tmp_path)
+    engine = ("--engine", cluster.scheduler_address)
+    _, err = run_here("update", path, *engine)
+    assert f"dashboard of engine dask: {cluster.dashboard_link}" in err
+    store = cube.Store(str(tmp_path / "cubes.zarr"))
+    year = sorted(cube.read_markers(store, "pit"))[0]
+    shutil.rmtree(tmp_path / "cubes.zarr" / "pit" / "builds" / str(year))
+    failed = {"step": "build", "site": "pit", "year": year, "state": "failed"}
+    EventLog(store).write({"event": "end", "error_class": "network", **failed})
+    _, err = run_here("retry", path, *engine)
+    assert f"dashboard of engine dask: {cluster.dashboard_link}" in err
+    xr.testing.assert_identical(read_site(tmp_path), read_site(plain))
+
+
 def test_a_unit_whose_worker_is_killed_is_tried_again(world, plain, cluster, tmp_path):
     path = write_dataset(world, tmp_path, engine=cluster.scheduler_address)
     with blocked_builds(path) as release, running(path) as summaries:
@@ -107,6 +125,13 @@ def test_a_step_without_its_resource_is_an_error_at_once(world, cluster, tmp_pat
     assert "engine two-kinds: the step build needs a worker with GPU=1, and no worker has it" in err
     assert not (tmp_path / "cubes.zarr").exists()
     run_here("run", path, "--only", "search")
+
+
+@pytest.mark.parametrize("command", ["update", "retry"])
+def test_an_unknown_engine_is_refused_before_the_work(world, tmp_path, command):
+    _, err = run_here(command, write_dataset(world, tmp_path), "--engine", "typo", ok=2)
+    assert "error: unknown engine 'typo'; there is: local, slurm" in err
+    assert not (tmp_path / "cubes.zarr").exists()
 
 
 @pytest.mark.parametrize("engine", ["tcp://127.0.0.1:9", "tcp://nowhere", "typo"])

@@ -169,9 +169,15 @@ def test_a_missing_file_of_a_later_step_is_found_before_any_work(
         ("sites", "no_such.geojson"),
         ("sources", ["no-such-source"]),
         ("recipe", "no-such-recipe"),
+        ("catalog", "no_such_folder"),
+        ("prices", "no_such_prices.yaml"),
     ):
         path = write_dataset(tmp_path, run_world, **{key: value})
         done = CliRunner().invoke(cli, ["run", str(path)])
         assert done.exit_code == 2, (key, done.output)
         assert "no_such" in done.stderr or "no-such" in done.stderr
+        lines = path.read_text().splitlines()
+        number = next(n for n, line in enumerate(lines, 1) if line.startswith(f"{key}:"))
+        number += key == "models"  # the line of the model itself
+        assert f"error: {path}, line {number}: " in done.stderr
         assert list(tmp_path.iterdir()) == [path]

@@ -120,15 +120,24 @@ def test_a_unit_of_another_run_is_tried_again_until_it_is_free(
     assert busy == [1, 1, 1, 1]  # an attempt counts only once it has begun
 
 
-def test_an_error_of_the_engine_fails_its_unit_only(tmp_path: Path, run_world: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(28, "No space left on device"), "disk"),
+        (WorkerError("no worker is left with GPU=1"), "network"),
+    ],
+)
+def test_an_error_of_the_engine_fails_its_unit_only(
+    tmp_path: Path, run_world: Path, error: Exception, kind: str
+) -> None:
     def behave(unit: Unit, _: int) -> Result:
         if unit.site == "pit":
-            raise OSError(28, "No space left on device")
+            raise error
         return Result(state="done")
 
     _, summary = drive(tmp_path, run_world, behave)
     assert {unit.site for unit in summary.failures} == {"pit"}
-    assert {result.error_class for result in summary.failures.values()} == {"disk"}
+    assert {result.error_class for result in summary.failures.values()} == {kind}
     assert summary.blocked == {"build": 2}
     assert summary.count("build") == 2
 

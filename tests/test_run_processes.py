@@ -6,15 +6,20 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from known_runs import start_fork_server
+from known_runs import start_fork_server, write_dataset
+from minecube.cube import Store
+from minecube.cube.events import read_events
 from minecube.jobs.runs.processes import Processes
 
 
@@ -92,6 +97,25 @@ def test_a_process_that_died_without_a_task_is_replaced(processes: Processes) ->
     else:
         assert isinstance(second.exception(), BrokenProcessPool)
     assert processes.submit(square, 3).result(60) == 9
+
+
+def test_a_script_without_a_guard_is_told_so(run_world: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, run_world)
+    script = tmp_path / "script.py"
+    lines = ["from pathlib import Path", "from minecube import catalog, jobs"]
+    call = (
+        f"jobs.run(catalog.load_dataset(Path({str(dataset)!r})), jobs.RunOptions(only=('search',)))"
+    )
+    script.write_text("\n".join([*lines, call]))
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 1
+    assert ended.stderr.count("Traceback") == 1  # of the script itself, and none of its workers
+    assert 'start the run below `if __name__ == "__main__":`' in ended.stderr.splitlines()[-1]
+    assert not read_events(Store(tmp_path / "cubes.zarr")).table["event"].eq("end").any()
+    script.write_text("\n".join([*lines, 'if __name__ == "__main__":', f"    {call}"]))
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert len(read_events(Store(tmp_path / "cubes.zarr")).table.query("event == 'end'")) == 4
 
 
 def test_no_more_processes_than_asked_for_work_at_once(processes: Processes) -> None:

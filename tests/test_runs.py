@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import geopandas as gpd
 import pandas as pd
 import pytest
 from click.testing import CliRunner
@@ -29,6 +30,7 @@ from minecube.cube.events import read_events
 from minecube.errors import CubeError
 from minecube.jobs.runs import RunOptions, run
 from minecube.jobs.runs.units import STEPS, Shard, Unit
+from minecube.jobs.status import read_status
 
 SITES = tuple(PLACES)
 
@@ -128,6 +130,27 @@ def test_a_second_run_starts_no_worker_and_writes_nothing(copied: Path) -> None:
     assert summary.exit_code == 0
     assert dict(summary.kept) == {step: 4 if step in ("search", "build") else 2 for step in STEPS}
     assert hash_tree(copied) == before
+
+
+def test_a_copy_with_other_times_is_finished(
+    finished_run: Path, run_world: Path, tmp_path: Path
+) -> None:
+    """As `cp -r` and `aws s3 sync` make it. Content decides: a changed list is found."""
+    shutil.copytree(finished_run, tmp_path / "new", copy_function=shutil.copyfile)
+    command = ["run", str(tmp_path / "new" / "dataset.yaml"), "--dry-run"]
+    done = CliRunner().invoke(cli, command)
+    rows = [line.split() for line in done.output.splitlines()[2:]]
+    assert {row[0]: row[1] for row in rows} == dict.fromkeys(STEPS, "0")
+
+    write_scenes(tmp_path, months=(5, 6))
+    (tmp_path / "recipes.yaml").write_text(json.dumps({"tiny": RECIPE}))
+    thin = dataset_in(tmp_path, run_world, catalog=str(tmp_path), store="thin.zarr")
+    assert run(thin, RunOptions(only=("search",), sites="pit")).exit_code == 0
+    for path in (tmp_path / "thin.zarr-scenes").iterdir():
+        shutil.copyfile(path, tmp_path / "new" / "cubes.zarr-scenes" / path.name)
+    done = CliRunner().invoke(cli, command)
+    assert done.stdout.splitlines()[3].split() == ["audit", "1", "1"]
+    assert "2 finished site-years are stale" in done.stderr
 
 
 def test_a_finished_dataset_is_finished_in_an_object_store_too(
@@ -338,6 +361,38 @@ def test_a_damaged_marker_fails_its_site_and_no_other(copied: Path) -> None:
     assert "marker of pit 2020 is damaged" in result.message
     assert summary.results[Unit("export", "pond")].is_good
     assert summary.exit_code == 1
+
+
+def test_a_site_without_its_polygon_is_logged_once(
+    copied: Path, run_world: Path, tmp_path: Path
+) -> None:
+    """No worker gets its site-years, so the run itself logs why."""
+    sites = gpd.read_file(run_world / "sites.geojson")
+    sites.loc[sites["id"] == "pit", "geometry"] = None
+    sites.to_file(tmp_path / "sites.geojson")
+    dataset = dataset_in(copied, run_world, sites=str(tmp_path / "sites.geojson"))
+    reported: list[Unit] = []
+    for _ in range(2):
+        run(dataset, RunOptions(only=("build",)), lambda unit, *_: reported.append(unit))
+    failed = [("build", "pit", year) for year in YEARS]
+    assert [(unit.step, unit.site, unit.year) for unit in reported] == failed * 2
+    log = events_of(copied).query("state == 'failed'")
+    assert list(log[["step", "site", "year"]].itertuples(index=False, name=None)) == failed
+    status = read_status(dataset)
+    assert status.site_years["state"].loc["pit"].eq("failed").all()
+    assert status.site_years["why"].loc["pit", 2020] == log["message"].iloc[0]
+    assert status.site_years["state"].loc["pond"].eq("done").all()
+
+
+def test_a_damaged_marker_of_another_year_fails_the_step_that_needs_it(
+    copied: Path, run_world: Path
+) -> None:
+    (copied / "cubes.zarr" / "pit" / "builds" / "2021" / "zarr.json").write_text("{")
+    dataset = dataset_in(copied, run_world, years="2020")
+    summary = run(dataset, RunOptions(only=("build", "label", "export")))
+    assert set(summary.failures) == {Unit("label", "pit")}
+    steps = read_status(dataset).steps
+    assert list(steps["label"]) == ["failed", "done"]
 
 
 def test_an_export_leaves_no_file_of_an_earlier_one(copied: Path, run_world: Path) -> None:

@@ -49,6 +49,10 @@ class WorkerError(MinecubeError):
     exit_code = 1
 
 
+class UnguardedScriptError(WorkerError):
+    """The user's script starts a run when a worker imports it, so no worker can start."""
+
+
 class CubeError(MinecubeError):
     """A store is not of minecube, has another recipe or grid, or cannot be written."""
 

@@ -18,6 +18,8 @@ from minecube.errors import CatalogError
 
 T = TypeVar("T")
 
+SET_BY_LOADER = "set by the loader"
+"""Metadata of a field that no file may set."""
 _LATER_FIELDS = ("date_excess",)
 """Fields missing in the first stores.
 
@@ -64,7 +66,11 @@ def rebuild_model_card(entry: Mapping[str, Any]) -> ModelCard:
 def build(cls: type[T], entry: Mapping[str, Any]) -> T:
     """Build a value of a dataclass from its fields. Raises FieldError for a wrong field."""
     hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {
+        field.name: field
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if not field.metadata.get(SET_BY_LOADER)
+    }
     for name in entry:
         need(name in fields, name, f"one of {', '.join(f for f in fields if f != 'id')}")
     for name in sorted(fields.keys() - entry.keys()):

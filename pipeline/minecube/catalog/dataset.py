@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from minecube.catalog.conversion import build
+from minecube.catalog.conversion import SET_BY_LOADER, build
 from minecube.catalog.fields import FieldError, check_field, need, need_name
 from minecube.catalog.loaders import describe_yaml_error, read_unique_yaml
 from minecube.catalog.mission import FIRST_YEAR
 from minecube.catalog.years import parse_years
-from minecube.errors import CatalogError
+from minecube.errors import CatalogError, MinecubeError
 
 T = TypeVar("T")
 
@@ -187,6 +188,23 @@ class Dataset:
     prices: str | None = None
     """YAML file of `composite.plan.Terms`."""
     notify: Notification | None = None
+    file: str | None = dataclasses.field(
+        default=None, compare=False, repr=False, metadata={SET_BY_LOADER: True}
+    )
+    """The `dataset.yaml` that it was loaded from. Errors name its lines."""
+
+    @contextmanager
+    def naming_line(self, key: str, index: int | None = None) -> Iterator[None]:
+        """Add the line of a key to errors, or that of one entry of its list.
+
+        Use it where the value of the key is checked after the file was loaded.
+        """
+        try:
+            yield
+        except MinecubeError as error:
+            if self.file is not None and (line := _find_line(Path(self.file), key, index)):
+                error.args = (f"{self.file}, line {line}: {error}",)
+            raise
 
     def __post_init__(self) -> None:
         need_name(self.id, "id")
@@ -254,7 +272,19 @@ def load_dataset(path: Path) -> Dataset:
             for index, fields in enumerate(entry["models"])
         )
     dataset = reader.build(Dataset, entry, node, "")
-    return _resolve(dataset, path.resolve().parent)
+    resolved = _resolve(dataset, path.resolve().parent)
+    return dataclasses.replace(resolved, file=str(path))
+
+
+def _find_line(path: Path, key: str, index: int | None) -> int | None:
+    """Find the line of a key; None if the file lacks it, or is not on this machine."""
+    try:
+        node: Any = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        name, value = next(pair for pair in node.value if pair[0].value == key)
+    except (OSError, ValueError, yaml.YAMLError, StopIteration):
+        return None
+    place = name if index is None else value.value[index]
+    return int(place.start_mark.line) + 1
 
 
 def _read_years(entry: dict[str, Any], reader: _Reader, node: Any) -> None:

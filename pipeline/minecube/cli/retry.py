@@ -10,8 +10,9 @@ import click
 from minecube.catalog import Dataset
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import collect_options, dataset_argument
-from minecube.cli.run import print_summary, report_to
+from minecube.cli.run import change_engine, engine_option, print_summary, report_to
 from minecube.jobs.failures import CLASSES
+from minecube.jobs.runs.engines import interrupted_by_sigterm
 from minecube.jobs.runs.retry import MENDABLE, Failure, RetryOptions
 from minecube.jobs.runs.retry import retry as retry_dataset
 from minecube.jobs.runs.units import list_steps
@@ -62,8 +63,10 @@ def _parse_time(
     help="Most attempts at each part. Pauses before further attempts: 1, 2, 4, ... minutes, up to "
     "an hour.",
 )
+@engine_option
 @collect_options
-def retry(dataset: Dataset, options: RetryOptions) -> None:
+@interrupted_by_sigterm()
+def retry(dataset: Dataset, options: RetryOptions, engine: str | None) -> None:
     """Try the failed parts of a run of DATASET again, a dataset.yaml.
 
     Classes of failures: network (a server did not answer), memory, disk (full or broken), data (the
@@ -77,6 +80,7 @@ def retry(dataset: Dataset, options: RetryOptions) -> None:
       minecube retry dataset.yaml --class network --attempts 5
       minecube retry dataset.yaml --failed-since 2026-01-31 --site 'Germany_*'
     """
+    dataset = change_engine(dataset, engine)
 
     def pause(seconds: float) -> None:
         click.echo(f"next attempt in {seconds:.0f} s", err=True)

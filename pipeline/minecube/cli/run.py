@@ -17,6 +17,7 @@ from minecube.errors import CatalogError
 from minecube.jobs.runs import RunOptions, Summary
 from minecube.jobs.runs import run as run_dataset
 from minecube.jobs.runs.driver import make_plan
+from minecube.jobs.runs.engines import interrupted_by_sigterm
 from minecube.jobs.runs.inputs import choose_cluster
 from minecube.jobs.runs.summary import Progress
 from minecube.jobs.runs.units import Shard, Unit, list_steps
@@ -35,6 +36,13 @@ def _parse_steps(
 
 def _parse_shard(_ctx: click.Context, _param: click.Parameter, text: str | None) -> Shard | None:
     return None if text is None else Shard.parse(text)
+
+
+engine_option = click.option(
+    "--engine",
+    help="Where to run instead of the dataset's engine: local, another name of "
+    "catalog/clusters.yaml, or the address of a Dask scheduler such as tcp://host:8786.",
+)
 
 
 @click.command()
@@ -71,15 +79,12 @@ def _parse_shard(_ctx: click.Context, _param: click.Parameter, text: str | None)
     help="Part i of n of all site-years and sites, as i/n. For job arrays: no "
     "coordinator is needed. A last run without --shard joins the results of all sites.",
 )
-@click.option(
-    "--engine",
-    help="Where to run instead of the dataset's engine: local, another name of "
-    "catalog/clusters.yaml, or the address of a Dask scheduler such as tcp://host:8786.",
-)
+@engine_option
 @click.option(
     "--dry-run", is_flag=True, help="Print how many units each step would run. Writes nothing."
 )
 @collect_options
+@interrupted_by_sigterm()
 def run(
     dataset: Dataset | None,
     template: Place | None,
@@ -104,23 +109,29 @@ def run(
         return
     if dataset is None:
         raise click.UsageError("expected DATASET, a dataset.yaml; --init FILE writes one")
-    if engine is not None:
-        dataset = _change_engine(dataset, engine)
+    dataset = change_engine(dataset, engine)
     if dry_run:
         plan = make_plan(dataset, options)
         rows = [(step, *counts) for step, counts in plan.preview().items()]
         click.echo(format_table(("step", "unfinished", "finished"), rows))
         _print_stale(plan.summary)
         return
-    logging.getLogger("minecube.jobs.runs").setLevel(logging.INFO)  # the dashboard's address
     with progress_bar("running") as bar:
         summary = run_dataset(dataset, options, report_to(bar))
     print_summary(summary, list_steps(dataset, options.only))
     click.get_current_context().exit(summary.exit_code)
 
 
-def _change_engine(dataset: Dataset, engine: str) -> Dataset:
-    """Replace the engine. `workers` of the dataset is for processes of this machine only."""
+def change_engine(dataset: Dataset, engine: str | None) -> Dataset:
+    """Replace the engine if another one is given, and let engines print a dashboard's address.
+
+    `workers` of the dataset is for processes of this machine only.
+
+    Raises CatalogError for an unknown engine.
+    """
+    logging.getLogger("minecube.jobs.runs").setLevel(logging.INFO)  # the dashboard's address
+    if engine is None:
+        return dataset
     changed = replace(dataset, engine=engine, workers=None)
     if choose_cluster(changed).kind == "local":
         return replace(changed, workers=dataset.workers)

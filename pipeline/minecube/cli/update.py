@@ -13,7 +13,8 @@ from minecube.catalog import Dataset, format_years
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import collect_options, dataset_argument
 from minecube.cli.parameters import OutFile, Years
-from minecube.cli.run import print_summary, report_to
+from minecube.cli.run import change_engine, engine_option, print_summary, report_to
+from minecube.jobs.runs.engines import interrupted_by_sigterm
 from minecube.jobs.runs.publishing import check_publishing, publish_dataset
 from minecube.jobs.runs.units import list_steps
 from minecube.jobs.runs.update import Changes, UpdateOptions, choose_store, find_changes
@@ -50,7 +51,9 @@ _MOST_ROWS = 40
     help="Save the dataset under this tag in its Icechunk repository (`publish` in DATASET) if "
     "all searches had an answer and all is done.",
 )
+@engine_option
 @collect_options
+@interrupted_by_sigterm()
 def update(
     dataset: Dataset,
     options: UpdateOptions,
@@ -58,6 +61,7 @@ def update(
     changes: Place | None,
     dry_run: bool,
     tag: str | None,
+    engine: str | None,
 ) -> None:
     """Bring the dataset in DATASET up to date, a dataset.yaml.
 
@@ -72,6 +76,7 @@ def update(
       minecube update dataset.yaml --refresh --dry-run
       minecube update dataset.yaml --year 2025 --publish v2025
     """
+    dataset = change_engine(dataset, engine)
     if tag is not None:
         check_publishing(dataset, tag)
     dataset = _add_years(dataset, years or ())

@@ -62,7 +62,7 @@ from minecube.cube.write.labels import write_footprint
 from minecube.cube.write.options import BuildOptions
 from minecube.cube.write.pack import pack
 from minecube.cube.write.predictions import Prediction, write_prediction, write_probability
-from minecube.cube.write.sites import check_site, create_site, read_margin
+from minecube.cube.write.sites import check_site, create_site, read_fitting_years, read_margin
 from minecube.cube.write.staging import has_unfinished_build, read_initial_counts
 from minecube.cube.write.years import finish_commit, withdraw_years, write_year
 
@@ -101,6 +101,7 @@ __all__ = [
     "open_reflectance",
     "pack",
     "read_counts",
+    "read_fitting_years",
     "read_grid_and_years",
     "read_initial_counts",
     "read_margin",

@@ -35,7 +35,7 @@ from minecube.errors import (
 from minecube.grid import grid_of
 from minecube.jobs.copies import Copies
 from minecube.jobs.failures import classify, describe_failure
-from minecube.jobs.scene_lists import FindScenes, cache_lists, hash_list, load_or_save
+from minecube.jobs.scene_lists import FindScenes, HashList, cache_lists, hash_list, load_or_save
 from minecube.jobs.workers import iterate_finished
 from minecube.places import Place
 from minecube.reader import Ledger, check_credentials, interruption
@@ -195,11 +195,13 @@ def _list_neighbours(recipe: Recipe, year: int) -> list[int]:
     return [neighbour for neighbour in (year - 1, year + 1) if scenes.has_images(neighbour)]
 
 
-def _hash_inputs(job: BuildJob, site: Site, year: int) -> str | None:
+def hash_listed_inputs(
+    job: BuildJob, site: Site, year: int, hash_scenes: HashList = hash_list
+) -> str | None:
     """Hash what decides about a site-year's build; None if one of its scene lists is missing."""
     hashes = []
     for listed_year in (year, *_list_neighbours(job.recipe, year)):
-        scene_list = hash_list(site, listed_year, job.sources, job.snapshots)
+        scene_list = hash_scenes(site, listed_year, job.sources, job.snapshots)
         if scene_list is None:
             return None
         hashes.append(scene_list)
@@ -254,7 +256,7 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
     job = task.job
     cube.finish_commit(job.store, task.site.id, task.year)
     # Before the scenes are read: a list replaced meanwhile must not count as the list of this build.
-    inputs = _hash_inputs(job, task.site, task.year)
+    inputs = hash_listed_inputs(job, task.site, task.year)
     listed, candidates = choose_scenes(job, task.site, task.year, load_or_save)
     provenance = cube.describe_build(
         task.site,
@@ -411,7 +413,7 @@ def _find_kept(job: BuildJob, site: Site, year: int) -> Outcome | None:
     Returns None if only its scenes can tell, or if the site-year is to be built.
     """
     start = time.monotonic()
-    inputs = _hash_inputs(job, site, year)
+    inputs = hash_listed_inputs(job, site, year)
     if inputs is None:
         return None
     marker = cube.find_build(job.store, site.id, year, inputs, job.on_offset_conflict)

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 FindScenes = Callable[[Site, int, Sequence[Source], Place], scenes.SearchResult]
 """Finds the scenes of a site and year in sources, with a folder of lists."""
+HashList = Callable[[Site, int, Sequence[Source], Place], str | None]
+"""Hashes the saved list of a site and year, as `hash_list`."""
 
 _CACHED_LISTS = 4  # a year, its two neighbours, and the next year
 
@@ -65,13 +67,28 @@ def load_or_search(
     Raises:
         SceneError: the list belongs to another search, or the search had no usable scene.
     """
+    listed = load_list(site, year, sources, folder)
+    return scenes.search(site, year, *sources) if listed is None else listed
+
+
+def load_list(
+    site: Site, year: int, sources: Sequence[Source], folder: Place
+) -> scenes.SearchResult | None:
+    """Load the saved list of a site-year; None without a list. An object is not looked up before.
+
+    Raises:
+        SceneError: the list belongs to another search.
+    """
     place = path_of_list(site, year, sources, folder)
-    if not place.exists():
-        return scenes.search(site, year, *sources)
-    with local_copy(place) as path:
-        listed = snapshot.load(path)
-        scenes.check_saved_scenes(listed.scenes, site, year, sources)
-        snapshot.check_search_hash(path, snapshot.hash_search(site, year, sources))
+    if isinstance(place, Path) and not place.exists():
+        return None
+    try:
+        with local_copy(place) as path:
+            listed = snapshot.load(path)
+            scenes.check_saved_scenes(listed.scenes, site, year, sources)
+            snapshot.check_search_hash(path, snapshot.hash_search(site, year, sources))
+    except PlaceError:  # the object is missing
+        return None
     return listed
 
 
@@ -101,9 +118,8 @@ def load_or_save(
 
     A later run then builds from the same list.
     """
-    if path_of_list(site, year, sources, folder).exists():
-        return load_or_search(site, year, sources, folder)
-    return search_and_save(site, year, sources, folder)
+    listed = load_list(site, year, sources, folder)
+    return search_and_save(site, year, sources, folder) if listed is None else listed
 
 
 def search_and_save(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,11 +24,12 @@ from minecube.catalog import Dataset
 from minecube.composite.plan import Terms
 from minecube.cube.events import RUNS, Events, read_events
 from minecube.cube.read.summaries import Commit, list_commits, read_commits
-from minecube.errors import CubeError
+from minecube.errors import CubeError, MinecubeError
 from minecube.grid import area_of
 from minecube.jobs.runs.history import COLUMNS, History
-from minecube.jobs.runs.inputs import Inputs, forget_inputs, load_inputs
-from minecube.jobs.runs.site_steps import is_finished, make_step, read_site_commits
+from minecube.jobs.runs.inputs import forget_inputs, load_inputs
+from minecube.jobs.runs.lookups import READERS
+from minecube.jobs.runs.site_steps import check_steps
 from minecube.jobs.runs.states import StaleCheck
 from minecube.jobs.runs.units import SITE_STEPS, list_steps
 
@@ -98,31 +100,29 @@ def read_status(dataset: Dataset) -> Status:
         CubeError: the store cannot be read.
     """
     forget_inputs()
-    inputs = load_inputs(dataset)
+    inputs = load_inputs(dataset).with_listings()
     keys = list(itertools.product(inputs.sites, dataset.years))
     damaged: dict[tuple[str, int], CubeError] = {}
     commits = read_commits(inputs.store, keys, damaged)
     check = StaleCheck(inputs)
-    reasons = {key: reason for key, commit in commits.items() if (reason := check.explain(commit))}
+
+    def explain(commit: Commit) -> str:
+        try:
+            return check.explain(commit)
+        except MinecubeError as error:  # the polygon of its site is gone, for example
+            damaged[commit.site, commit.year] = CubeError(str(error))
+            return ""
+
+    with ThreadPoolExecutor(1 if inputs.store.path else READERS) as pool:
+        found = zip(commits, pool.map(explain, commits.values()), strict=True)
+        reasons = {key: reason for key, reason in found if reason}
     steps = [step for step in list_steps(dataset) if step in SITE_STEPS]
     terms = Terms.load(Path(dataset.prices)) if dataset.prices else Terms()
     finished = None
     if len(inputs.sites) <= _MOST_CHECKED:
-        finished = {step: _check_sites(inputs, step) for step in steps}
+        finished = check_steps(inputs, steps)
     reader = _Reader(inputs.store, keys, commits, reasons, damaged, finished)
     return reader.read(dataset.id, steps, terms)
-
-
-def _check_sites(inputs: Inputs, step: str) -> dict[str, bool]:
-    """Check for each site whether a step is finished, as `run` does."""
-    finished = {}
-    for site in inputs.sites:
-        try:
-            commits = read_site_commits(inputs, site)
-            finished[site] = is_finished(step, make_step(step, inputs, site, commits))
-        except CubeError:  # a damaged marker, which is listed for its site-year
-            finished[site] = False
-    return finished
 
 
 def read_store_status(store: cube.Store) -> Status:

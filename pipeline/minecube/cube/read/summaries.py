@@ -46,6 +46,8 @@ class Commit:
     """Share of successful reads."""
     offset_rule: str | None
     """How offsets in conflict with pixels were treated; None if there was no conflict."""
+    inputs: str = ""
+    """Hash of what the build was made from, as from `hash_inputs`; empty if it is not known."""
 
     @property
     def pixels(self) -> int:
@@ -145,6 +147,7 @@ def _parse(
             lost=int(marker.get("reads", {}).get("lost", 0)),
             completeness=completeness_of(marker),
             offset_rule=marker["on_offset_conflict"] if has_conflict else None,
+            inputs=marker.get("inputs") or "",
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CubeError(

@@ -9,6 +9,7 @@ import zarr
 from odc.geo.geobox import GeoBox
 
 from minecube.catalog import Recipe, Site, as_dict
+from minecube.cube.listing import attributes_in, read_object
 from minecube.cube.locks import WAIT_S, hold
 from minecube.cube.store import DESCRIPTION, FORMAT, UNFINISHED_FORMAT, Store, is_unfinished
 from minecube.cube.template import (
@@ -41,12 +42,39 @@ def check_site(store: Store, site: Site, grid: GeoBox, recipe: Recipe) -> bool:
         return False
     store.check_format(site.id, group)
     description = group.attrs[DESCRIPTION]
-    _check_recipe(store, site, description["recipe"], recipe)
+    _check_description(store, site, grid, recipe, group.attrs)
     names = description.get("arrays", ())
     missing = [name for name in names if not store.has_object(f"{site.id}/{name}/zarr.json")]
     if missing:
         raise CubeError(f"{store}: {site.id} lacks its array {missing[0]!r}; run `minecube verify`")
-    if grid_in(group.attrs) != grid:
+    return True
+
+
+def read_fitting_years(store: Store, site: Site, grid: GeoBox, recipe: Recipe) -> list[int] | None:
+    """Check the site's group as `check_site`, but not its arrays: this takes one request.
+
+    Returns the years of the group, which have pixels or room for them; None if there is no group.
+    """
+    if store.path is not None and not store.path.exists():
+        return None
+    content = read_object(store.open_objects(), f"{site.id}/zarr.json")
+    attributes = attributes_in(content) or {}
+    description = attributes.get(DESCRIPTION, {})
+    if description.get("format") != FORMAT or "years" not in description:
+        if not check_site(store, site, grid, recipe):
+            return None
+        return [int(year) for year in store.open_group(site.id)["year"][:]]
+    _check_description(store, site, grid, recipe, attributes)
+    return list(description["years"])
+
+
+def _check_description(
+    store: Store, site: Site, grid: GeoBox, recipe: Recipe, attributes: Mapping[str, Any]
+) -> None:
+    """Raise CubeError if a site's group was made with another recipe or on another grid."""
+    description = attributes[DESCRIPTION]
+    _check_recipe(store, site, description["recipe"], recipe)
+    if grid_in(attributes) != grid:
         stored_margin = description.get("margin", 0)
         cause = "its polygon has changed"
         if stored_margin != site.margin:
@@ -55,7 +83,6 @@ def check_site(store: Store, site: Site, grid: GeoBox, recipe: Recipe) -> bool:
             f"{store}: {site.id} lies on another grid, because {cause}; use another store, or the "
             "earlier polygon and margin"
         )
-    return True
 
 
 def _check_recipe(store: Store, site: Site, stored: Mapping[str, Any], recipe: Recipe) -> None:

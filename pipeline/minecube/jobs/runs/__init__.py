@@ -9,7 +9,7 @@ states.py     stale site-years                  history.py   attempts, from the 
 summary.py    options and outcome of a run      retry.py      failed units again: `retry`
 notify.py     summaries to a command or hook    update.py     new years, sites, scenes: `update`
 publishing.py a finished dataset as a version   dask_workers.py   workers of a Dask scheduler
-deployments.py    SLURM jobs and pods as workers
+deployments.py    SLURM jobs and pods as workers        lookups.py   listings of files and notes
 """
 
 from minecube.jobs.runs.driver import run

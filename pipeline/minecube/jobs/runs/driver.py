@@ -5,14 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 from minecube import cube, scenes
 from minecube.catalog import Dataset, format_years
-from minecube.errors import CatalogError, CubeError, WorkerError
+from minecube.errors import CatalogError, CubeError, UnguardedScriptError, WorkerError
 from minecube.grid import grid_of
 from minecube.jobs.failures import describe_failure
 from minecube.jobs.runs.engines import Engine, interrupted_by_sigterm, open_engine
@@ -25,8 +25,10 @@ from minecube.jobs.runs.inputs import (
     open_log,
 )
 from minecube.jobs.runs.joins import join_results
+from minecube.jobs.runs.lookups import READERS
 from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.plan import Barrier, Plan
+from minecube.jobs.runs.processes import end_unguarded_import
 from minecube.jobs.runs.steps import Limits
 from minecube.jobs.runs.summary import Progress, RunOptions, Summary
 from minecube.jobs.runs.units import Unit, list_steps
@@ -39,8 +41,6 @@ _BUSY_S = 2.0
 _LONGEST_BUSY_S = 60.0
 _MOST_DEATHS = 3
 """Deaths of workers after which their unit has failed."""
-_READERS = 32
-"""Sites whose state is read at the same time from an object store."""
 
 
 def run(
@@ -58,7 +58,9 @@ def run(
         CatalogError: a name, step, file or engine is unknown or missing. Nothing is written.
         CubeError: the store is of another dataset, or cannot be read or written.
         WorkerError: the Dask scheduler is gone. Finished units are safe.
+        UnguardedScriptError: the user's script starts a run when a worker imports it.
     """
+    end_unguarded_import()
     options = options or RunOptions()
     start = time.monotonic()
     summary = Summary()
@@ -86,8 +88,9 @@ def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
 
     Raises as `run` does.
     """
+    end_unguarded_import()
     forget_inputs()
-    inputs = load_inputs(dataset)
+    inputs = load_inputs(dataset).with_listings()
     scenes.check_years(dataset.years)
     check_inputs(inputs)
     steps = list_steps(dataset, options.only)
@@ -95,8 +98,8 @@ def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
     years = choose_years(dataset, options.years)
     shard = options.shard
     in_shard = sites if shard is None else [site for site in sites if shard.has_any(site, years)]
-    check_store(inputs, in_shard)
-    return Plan.make(inputs, options, steps, sites, years)
+    stored_years = check_store(inputs, in_shard)
+    return Plan.make(inputs, options, steps, sites, years, stored_years)
 
 
 def _choose_names(inputs: Inputs, names: str | tuple[str, ...]) -> list[str]:
@@ -124,28 +127,33 @@ def choose_years(dataset: Dataset, years: Sequence[int] | None) -> tuple[int, ..
     return tuple(years)
 
 
-def check_store(inputs: Inputs, sites: Iterable[str]) -> None:
+def check_store(inputs: Inputs, sites: Sequence[str]) -> dict[str, list[int]]:
     """Raise CubeError if the store is of another dataset: all its sites have another grid or recipe.
 
-    A site that alone does not fit, or has no polygon, is left to its own failure.
+    A site that alone does not fit, or has no polygon, is left to its own failure. Returns the years
+    in the group of each other site; none for a site without a group.
     """
 
     _check_dataset(inputs)
+    store = inputs.store
+    stored = set(store.list_folders("")) if store.path is None else set(sites)
 
-    def check(name: str) -> CubeError | bool:
+    def check(name: str) -> CubeError | list[int] | None:
         site = inputs.sites[name]
-        if site.geometry is None:
-            return False
+        if name not in stored:
+            return None
         try:
-            return cube.check_site(inputs.store, site, grid_of(site), inputs.job.recipe)
+            return cube.read_fitting_years(store, site, grid_of(site), inputs.job.recipe)
         except CubeError as error:
             return error
 
-    with ThreadPoolExecutor(1 if inputs.store.path else _READERS) as pool:
-        found = list(pool.map(check, sites))
-    errors = [error for error in found if isinstance(error, CubeError)]
-    if errors and not any(fits is True for fits in found):
+    placed = [name for name in sites if inputs.sites[name].geometry is not None]
+    with ThreadPoolExecutor(1 if store.path else READERS) as pool:
+        found = dict(zip(placed, pool.map(check, placed), strict=True))
+    errors = [error for error in found.values() if isinstance(error, CubeError)]
+    if errors and not any(isinstance(years, list) for years in found.values()):
         raise errors[0]
+    return {name: years or [] for name, years in found.items() if not isinstance(years, CubeError)}
 
 
 def _check_dataset(inputs: Inputs) -> None:
@@ -240,7 +248,9 @@ class _Driver:
             self._again.remove(work)
             self._submit(self._engine or start_engine(), work)
         while self._ready and not self._has_enough():
-            for chain, units in self._find_units():
+            found = self._find_units()
+            self._log_failed()
+            for chain, units in found:
                 if isinstance(units, Barrier):
                     self._parked.append(chain)
                 elif units:
@@ -257,7 +267,7 @@ class _Driver:
         requests of several sites overlap.
         """
         is_remote = self._plan.inputs.store.path is None
-        count = min(_READERS, len(self._ready)) if is_remote else 1
+        count = min(READERS, len(self._ready)) if is_remote else 1
         chains = [self._ready.popleft() for _ in range(count)]
         with ThreadPoolExecutor(count) as pool:
             return list(zip(chains, pool.map(_find_next, chains), strict=True))
@@ -298,6 +308,8 @@ class _Driver:
             result = future.result()
         except CancelledError as error:  # no code here cancels units, so the scheduler is gone
             raise WorkerError(describe_failure(error)) from error
+        except UnguardedScriptError:  # no worker can start
+            raise
         except BaseException as error:
             if self._engine is None or not self._engine.is_death(error):
                 if not isinstance(error, Exception):
@@ -324,8 +336,21 @@ class _Driver:
         )
         return self._log_end(work, result)
 
+    def _log_failed(self) -> None:
+        """Log the units that failed in the plan, unless an earlier run has logged the same."""
+        plan = self._plan
+        while plan.failed:
+            unit = plan.failed.popleft()
+            result = plan.summary.results[unit]
+            if not plan.history.has_failure(unit, result.message):
+                self._log(unit, plan.history.count_attempts(unit) + 1, result)
+            self._progress(unit, result, plan.count())
+
     def _log_end(self, work: _Work, result: Result) -> Result:
         """Log that a unit has failed, in place of its worker."""
-        with suppress(CubeError):  # the unit may have failed because the store cannot be written
-            log_end(open_log(self._plan.inputs.store), work.unit, work.attempt, result)
+        self._log(work.unit, work.attempt, result)
         return result
+
+    def _log(self, unit: Unit, attempt: int, result: Result) -> None:
+        with suppress(CubeError):  # the unit may have failed because the store cannot be written
+            log_end(open_log(self._plan.inputs.store), unit, attempt, result)

@@ -3,7 +3,7 @@
     cubes.zarr/.runs/steps/STEP/SITE.json    {"inputs": hash, "outputs": hash, "time": ...}
 
 The file is written after the outputs. A step is finished if its inputs are the same as now, and
-its outputs are still there.
+its outputs are still there. If `inputs` has times of files, `content` is a hash of their content.
 """
 
 from __future__ import annotations
@@ -19,30 +19,46 @@ import orjson
 from minecube.cube.events import RUNS
 from minecube.cube.store import Store
 from minecube.files import replacing
+from minecube.places import Place, place_of
 
 _READERS = 32  # simultaneous requests to an object store
 
 
+def folder_of_notes(store: Store, step: str) -> Place:
+    """Return the folder with the notes of a step."""
+    return place_of(store.name) / _folder(step)
+
+
+def _folder(step: str) -> str:
+    return f"{RUNS}/steps/{step}"
+
+
 def _key(step: str, name: str) -> str:
-    return f"{RUNS}/steps/{step}/{name}.json"
+    return f"{_folder(step)}/{name}.json"
 
 
-def note_finished(store: Store, step: str, name: str, inputs: str, outputs: Any) -> None:
+def note_finished(
+    store: Store, step: str, name: str, inputs: str, outputs: Any, content: str | None = None
+) -> None:
     """Note that a step is finished for a site (or a dataset, by its name).
+
+    `content` is a further hash of the inputs, for inputs that have times of files.
 
     Raises:
         CubeError: the store cannot be written.
     """
     note = {"inputs": inputs, "outputs": outputs, "time": datetime.now(tz=UTC).isoformat()}
-    content = orjson.dumps(note, option=orjson.OPT_SERIALIZE_NUMPY)
+    if content is not None:
+        note["content"] = content
+    text = orjson.dumps(note, option=orjson.OPT_SERIALIZE_NUMPY)
     with store.writing():
         if store.path is None:
-            store.client().put(_key(step, name), content)
+            store.client().put(_key(step, name), text)
         else:
             path = store.path / _key(step, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as draft:
-                draft.write_bytes(content)
+                draft.write_bytes(text)
 
 
 def forget_finished(store: Store, step: str, name: str) -> None:

@@ -73,6 +73,11 @@ class History:
         """Whether the last attempt at a step of a site failed."""
         return bool(self._value(Unit(step, site), "state") == "failed")
 
+    def has_failure(self, unit: Unit, message: str) -> bool:
+        """Whether the last attempt at a unit failed with this message."""
+        is_failed = self._value(unit, "state") == "failed"
+        return is_failed and bool(self._value(unit, "message") == message)
+
     def failures(self) -> Iterator[tuple[Unit, Any]]:
         """Yield the units whose last attempt failed or was interrupted, with their rows."""
         ended_badly = (self.units["state"] == "failed") | self.units["interrupted"]

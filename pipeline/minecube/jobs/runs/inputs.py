@@ -8,7 +8,7 @@ import io
 import threading
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,6 +28,7 @@ from minecube.jobs.catalogs import (
     load_all_models,
     load_all_recipes,
 )
+from minecube.jobs.runs.lookups import ListedLookup, Lookup
 from minecube.jobs.scene_lists import default_folder
 from minecube.jobs.selection import SiteChoice, choose_sites
 from minecube.places import Place, place_of
@@ -76,6 +77,11 @@ class Inputs:
     dataset: Dataset
     sites: dict[str, Site]
     job: BuildJob
+    lookup: Lookup = field(default_factory=Lookup, compare=False)
+
+    def with_listings(self) -> Inputs:
+        """Return the inputs for reading the state of many sites: folders are listed once."""
+        return replace(self, lookup=ListedLookup(self.sites))
 
     @property
     def store(self) -> cube.Store:
@@ -107,15 +113,21 @@ def load_inputs(dataset: Dataset) -> Inputs:
     """
     catalog = _catalog_of(dataset)
     if isinstance(catalog, Path) and not catalog.is_dir():
-        raise CatalogError(f"{catalog}: no such folder; expected the `catalog` of {dataset.id}")
+        with dataset.naming_line("catalog"):
+            raise CatalogError(f"{catalog}: no such folder; expected the `catalog` of {dataset.id}")
     store = cube.Store.connect(dataset.store, writable=True)
-    sites = choose_sites(SiteChoice(dataset.sites, dataset.sites_layer), catalog)
+    with dataset.naming_line("sites"):
+        sites = choose_sites(SiteChoice(dataset.sites, dataset.sites_layer), catalog)
+    with dataset.naming_line("sources"):
+        sources = choose_sources(",".join(dataset.sources), catalog)
+    with dataset.naming_line("recipe"):
+        recipe = pick(load_all_recipes(catalog), dataset.recipe, "recipe")
     if dataset.margin is not None:
         sites = [replace(site, margin=dataset.margin) for site in sites]
     job = BuildJob(
         store=store,
-        sources=choose_sources(",".join(dataset.sources), catalog),
-        recipe=pick(load_all_recipes(catalog), dataset.recipe, "recipe"),
+        sources=sources,
+        recipe=recipe,
         snapshots=place_of(dataset.scenes) if dataset.scenes else default_folder(store),
         on_offset_conflict=dataset.on_offset_conflict,
         min_read_completeness=dataset.min_read_completeness,
@@ -153,11 +165,14 @@ def check_inputs(inputs: Inputs) -> None:
     dataset = inputs.dataset
     choose_cluster(dataset)
     if dataset.prices is not None:
-        Terms.load(place_of(dataset.prices))
+        with dataset.naming_line("prices"):
+            Terms.load(place_of(dataset.prices))
     if dataset.labels is not None and not place_of(dataset.labels.file).exists():
-        raise CatalogError(f"{dataset.labels.file}: no such file; expected polygons of mines")
-    for model in dataset.models:
-        identify_model(inputs, model.file)
+        with dataset.naming_line("labels"):
+            raise CatalogError(f"{dataset.labels.file}: no such file; expected polygons of mines")
+    for index, model in enumerate(dataset.models):
+        with dataset.naming_line("models", index):
+            identify_model(inputs, model.file)
 
 
 @cached_for_run(maxsize=2)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from obstore.exceptions import BaseError
@@ -15,6 +16,7 @@ from minecube.cube.read.summaries import Commit, read_commits
 from minecube.errors import CubeError, MinecubeError
 from minecube.jobs.runs.history import COLUMNS, History
 from minecube.jobs.runs.inputs import Inputs
+from minecube.jobs.runs.lookups import READERS, Lookup
 from minecube.jobs.runs.rates import list_mapped, update_rates
 from minecube.jobs.runs.site_steps import (
     Commits,
@@ -51,6 +53,8 @@ class Plan:
     steps: Sequence[str]
     sites: Sequence[str]
     years: Sequence[int]
+    stored_years: Mapping[str, Sequence[int]]
+    """Years in the group of each site. Sites that do not fit into the store are missing."""
     commits: dict[tuple[str, int], Commit]
     """At the start of the run."""
     damaged: dict[tuple[str, int], CubeError]
@@ -59,6 +63,8 @@ class Plan:
     summary: Summary = field(default_factory=Summary)
     are_rates_known: bool = False
     """Whether tracks may start."""
+    failed: deque[Unit] = field(default_factory=deque)
+    """Units that failed before any worker had them. The driver logs them."""
 
     @classmethod
     def make(
@@ -68,18 +74,32 @@ class Plan:
         steps: Sequence[str],
         sites: Sequence[str],
         years: Sequence[int],
+        stored_years: Mapping[str, Sequence[int]],
     ) -> Plan:
-        """Read the markers of all site-years, or of those in the shard."""
+        """Read the markers of all site-years, or of those in the shard.
+
+        A step of a site depends on all its years, also on those that the dataset lacks.
+        """
         shard = options.shard
-        site_years = (
+        site_years = [
             (site, year)
             for site in sites
-            for year in years
-            if shard is None or shard.has(site, year)
-        )
+            for year in sorted({*years, *stored_years.get(site, ())})
+            if shard is None or shard.has(site, 0) or (year in years and shard.has(site, year))
+        ]
         damaged: dict[tuple[str, int], CubeError] = {}
         commits = read_commits(inputs.store, site_years, damaged)
-        return cls(inputs, options, steps, sites, years, commits, damaged, StaleCheck(inputs))
+        return cls(
+            inputs,
+            options,
+            steps,
+            sites,
+            years,
+            stored_years,
+            commits,
+            damaged,
+            StaleCheck(inputs),
+        )
 
     @cached_property
     def history(self) -> History:
@@ -89,22 +109,30 @@ class Plan:
     def walk(self, site: str) -> Iterator[list[Unit] | Barrier]:
         """Yield the unfinished units of each step of a site. Resume when they have ended.
 
-        If the state of the site cannot be read, its first step has failed.
+        If the state of a step cannot be read, the step has failed, and no later one starts.
         """
+        reached = [self.steps[0]]
         try:
-            yield from self._walk(site)
+            yield from self._walk(site, reached)
         except (MinecubeError, OSError, BaseError) as error:
-            self._fail(Unit(self.steps[0], site), error)
+            step = reached[-1]
+            years = self.years if step in SITE_YEAR_STEPS else (0,)
+            for year in years:
+                if self.options.shard is None or self.options.shard.has(site, year):
+                    self._fail(Unit(step, site, year), error)
 
-    def _walk(self, site: str) -> Iterator[list[Unit] | Barrier]:
+    def _walk(self, site: str, reached: list[str]) -> Iterator[list[Unit] | Barrier]:
         failed: set[str] = set()
         committed: Commits | None = None
         follows = False  # an earlier unit has succeeded
+        inputs = self.inputs
         for step in self.steps:
+            reached.append(step)
             if step in SITE_YEAR_STEPS:
                 committed = None  # read again after builds
                 if units := self._list_site_years(step, site):
                     yield units
+                    inputs = self._fresh_inputs
                     follows |= not all(map(self._has_failed, units))
                 continue
             if step == "tracks":
@@ -114,19 +142,47 @@ class Plan:
                     failed.add(step)
                     continue
             unit = Unit(step, site)
+            if self.options.shard and not self.options.shard.has(site, 0):
+                failed.add(step)
+                continue
             if step != "audit":  # which comes before builds, and needs none
-                committed = committed or read_site_commits(self.inputs, site)
+                committed = committed or self._read_site_commits(inputs, site)
             if not self._may_start(unit, failed, committed or {}):
                 failed.add(step)
-            elif is_finished(step, make_step(step, self.inputs, site, committed or {})):
+            elif is_finished(step, make_step(step, inputs, site, committed or {})):
                 _add(self.summary.kept, step)
             elif not (follows or self._is_chosen(unit)):
                 failed.add(step)
             else:
                 yield [unit]
+                inputs = self._fresh_inputs
                 follows |= not self._has_failed(unit)
                 if self._has_failed(unit):
                     failed.add(step)
+
+    @cached_property
+    def _fresh_inputs(self) -> Inputs:
+        """The inputs for the state of a site on which this run has worked."""
+        return replace(self.inputs, lookup=Lookup())
+
+    @cached_property
+    def _site_commits(self) -> dict[str, dict[int, Commit]]:
+        commits: dict[str, dict[int, Commit]] = {}
+        for (site, year), commit in self.commits.items():
+            commits.setdefault(site, {})[year] = commit
+        return commits
+
+    def _read_site_commits(self, inputs: Inputs, site: str) -> Commits:
+        """Return the markers of a site. They are read again once the run has worked on it.
+
+        Raises CubeError for a damaged marker.
+        """
+        if inputs is not self.inputs or site not in self.stored_years:
+            return read_site_commits(inputs, site)
+        for year in sorted({*self.years, *self.stored_years[site]}):
+            if (site, year) in self.damaged:
+                raise self.damaged[site, year]
+        return self._site_commits.get(site, {})
 
     def _is_chosen(self, unit: Unit) -> bool:
         return self.options.chosen is None or unit in self.options.chosen
@@ -169,6 +225,7 @@ class Plan:
     def _fail(self, unit: Unit, error: Exception) -> None:
         """Note that a unit cannot be worked on."""
         self.summary.results[unit] = Result.from_error(error)
+        self.failed.append(unit)
 
     def _has_failed(self, unit: Unit) -> bool:
         result = self.summary.results.get(unit)
@@ -176,11 +233,8 @@ class Plan:
 
     def _may_start(self, unit: Unit, failed: set[str], committed: Commits) -> bool:
         """Whether a site's step has what it needs. Otherwise it is counted as blocked."""
-        shard = self.options.shard
-        if shard and not shard.has(unit.site, 0):
-            return False
         if unit.step != "audit":
-            if shard and not self._are_all_tried(unit.site, committed):
+            if self.options.shard and not self._are_all_tried(unit.site, committed):
                 _add(self.summary.waiting, unit.step)
                 return False
             if not committed:
@@ -204,25 +258,32 @@ class Plan:
 
     def preview(self) -> dict[str, tuple[int, int]]:
         """Count the unfinished and the finished units of each step as of now."""
-        counts = {}
+        before = Counter(self.summary.kept)
+        unfinished: Counter[str] = Counter()
+        with ThreadPoolExecutor(1 if self.inputs.store.path else READERS) as pool:
+            for counts in pool.map(self._count_unfinished, self.sites):
+                unfinished += counts
+        kept = self.summary.kept - before
+        return {step: (unfinished[step], kept[step]) for step in self.steps}
+
+    def _count_unfinished(self, site: str) -> Counter[str]:
+        """Count the unfinished units of each step of a site. Finished units are added to `kept`."""
+        unfinished: Counter[str] = Counter()
         for step in self.steps:
-            unfinished = 0
-            kept = self.summary.kept[step]
-            for site in self.sites:
-                if step in SITE_YEAR_STEPS:
-                    unfinished += len(self._list_site_years(step, site))
-                    continue
-                committed = read_site_commits(self.inputs, site)
-                if is_finished(step, make_step(step, self.inputs, site, committed)):
-                    _add(self.summary.kept, step)
-                else:
-                    unfinished += 1
-            counts[step] = (unfinished, self.summary.kept[step] - kept)
-        return counts
+            if step in SITE_YEAR_STEPS:
+                unfinished[step] = len(self._list_site_years(step, site))
+                continue
+            committed = self._read_site_commits(self.inputs, site)
+            if is_finished(step, make_step(step, self.inputs, site, committed)):
+                _add(self.summary.kept, step)
+            else:
+                unfinished[step] = 1
+        return unfinished
 
     def update_rates(self) -> None:
         """Determine the rates of tracks. In a shard, tracks wait until all sites are mapped."""
         mapped = list_mapped(self.inputs)
+        self.inputs.lookup.forget()
         if self.options.shard and not all(
             map(self._is_predict_over, set(self.inputs.sites) - set(mapped))
         ):

@@ -7,6 +7,8 @@ and no other.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +18,21 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Any
+
+from minecube.errors import UnguardedScriptError
+
+_UNGUARDED = 71
+"""Exit code of a process that has begun a run while it imported the user's script."""
+
+
+def end_unguarded_import() -> None:
+    """End this process if it is a worker that only imports the user's script so far.
+
+    A worker imports the script of its parent. If the script starts a run when it is imported, each
+    worker would start one, too. The parent learns it from the exit code.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_UNGUARDED)
 
 
 @dataclass
@@ -47,7 +64,8 @@ class Processes:
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Hand a task to the next free process.
 
-        The future raises BrokenProcessPool if the process dies, and OSError if none can be started.
+        The future raises BrokenProcessPool if the process dies, OSError if none can be started, and
+        UnguardedScriptError if the user's script starts a run when a process imports it.
         """
         task = _Task(function, args, Future())
         with self._lock:
@@ -92,12 +110,18 @@ class Processes:
 
     def _pass_on(self, started: Future[Any], task: _Task, executor: ProcessPoolExecutor) -> None:
         """Pass a task's end on to its future, and its process to the next task."""
+        processes = list((executor._processes or {}).values())
 
         def end(ended: Future[Any]) -> None:
             error = None if ended.cancelled() else ended.exception()
+            is_dead = isinstance(error, BrokenProcessPool)
+            if is_dead and _UNGUARDED in [process.exitcode for process in processes]:
+                error = UnguardedScriptError(
+                    "the script starts a run when it is imported, and each worker imports it; "
+                    'start the run below `if __name__ == "__main__":`'
+                )
             with self._lock:
                 self._busy.discard(executor)
-                is_dead = isinstance(error, BrokenProcessPool)
                 self._idle.append(None if is_dead else executor)
             if ended.cancelled():
                 task.future.cancel()

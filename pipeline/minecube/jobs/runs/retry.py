@@ -146,7 +146,7 @@ def _describe(plan: Plan, unit: Unit, row: Any) -> Failure:
 def _is_unfinished(plan: Plan, unit: Unit) -> bool:
     """Whether a unit still lacks what its failed attempt was to make."""
     if unit.step == "search":
-        return not list_path(plan.inputs, unit.site, unit.year).exists()
+        return not plan.inputs.lookup.exists(list_path(plan.inputs, unit.site, unit.year))
     if unit.step == "build":
         commit = plan.commits.get((unit.site, unit.year))
         return commit is None or bool(plan.stale_check.explain(commit))

@@ -7,7 +7,8 @@ finished if both descriptions are as in its note (`finished.py`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,20 +18,21 @@ import pandas as pd
 
 from minecube import cube, export
 from minecube.catalog.dataset import ExportInput, LabelInput, ScoreInput
-from minecube.cube.read.summaries import Commit, list_commits, read_seal
+from minecube.cube.read.summaries import Commit, list_commits
 from minecube.digests import sha256_of_json
-from minecube.errors import CubeError
+from minecube.errors import CubeError, MinecubeError
 from minecube.files import replacing
 from minecube.jobs.audit import judge_lists
 from minecube.jobs.export import ExportOptions, export_sites
 from minecube.jobs.label import draw_labels
 from minecube.jobs.runs.finished import forget_finished, note_finished, read_finished
 from minecube.jobs.runs.inputs import Inputs, hash_file, identify_model, load_polygons
+from minecube.jobs.runs.lookups import READERS
 from minecube.jobs.scene_lists import path_of_list
 from minecube.jobs.score import score_baselines, score_site
 from minecube.jobs.tables import write_json
 from minecube.jobs.tracks import SUFFIX, SmoothedSites, read_maps, smooth_site
-from minecube.places import Place, list_files, outgoing, place_of, time_of_change
+from minecube.places import Place, list_files, outgoing, place_of
 from minecube.tracks import Rates
 
 Commits = Mapping[int, Commit]
@@ -54,6 +56,13 @@ class SiteStep(ABC):
     def describe_inputs(self) -> Any:
         """Describe what the step is made from, as plain JSON."""
 
+    def describe_content(self) -> Any:
+        """Describe the same by content alone, if `describe_inputs` has times of files; else None.
+
+        A copy of a dataset has other times. The content is read only if the times differ.
+        """
+        return None
+
     @abstractmethod
     def work(self, *, overwrite: bool) -> None:
         """Make the outputs. With `overwrite`, maps of other models are replaced."""
@@ -64,7 +73,7 @@ class SiteStep(ABC):
 
     def seal(self, path: str) -> str:
         """Return the seal of one of the site's arrays or groups."""
-        return read_seal(self.inputs.store, f"{self.site}/{path}")
+        return self.inputs.lookup.read_seal(self.inputs.store, f"{self.site}/{path}")
 
     def builds(self) -> dict[int, str]:
         """Return the hash of each committed year."""
@@ -78,13 +87,33 @@ def make_step(name: str, inputs: Inputs, site: str, commits: Commits) -> SiteSte
 
 def is_finished(name: str, step: SiteStep) -> bool:
     """Whether a step was made from the present inputs, and its outputs are still there."""
-    note = read_finished(step.inputs.store, name, step.site)
+    note = step.inputs.lookup.read_note(step.inputs.store, name, step.site)
     if not note:
         return False
-    return bool(
-        note["inputs"] == sha256_of_json(step.describe_inputs())
-        and note["outputs"] == sha256_of_json(step.identify_outputs())
-    )
+    if note["outputs"] != sha256_of_json(step.identify_outputs()):
+        return False
+    if note["inputs"] == sha256_of_json(step.describe_inputs()):
+        return True
+    content = step.describe_content() if note.get("content") else None
+    return content is not None and bool(note["content"] == sha256_of_json(content))
+
+
+def check_steps(inputs: Inputs, names: Sequence[str]) -> dict[str, dict[str, bool]]:
+    """Map each step to each site, and whether it is finished, as `run` decides."""
+
+    def check(site: str) -> list[bool]:
+        try:
+            commits = read_site_commits(inputs, site)
+            return [is_finished(name, make_step(name, inputs, site, commits)) for name in names]
+        except MinecubeError:  # a damaged marker, for example, which is listed for its site-year
+            return [False] * len(names)
+
+    with ThreadPoolExecutor(1 if inputs.store.path else READERS) as pool:
+        found = list(pool.map(check, inputs.sites))
+    return {
+        name: dict(zip(inputs.sites, states, strict=True))
+        for name, states in zip(names, zip(*found, strict=True), strict=True)
+    }
 
 
 def finish_step(name: str, step: SiteStep, *, overwrite: bool) -> None:
@@ -92,11 +121,13 @@ def finish_step(name: str, step: SiteStep, *, overwrite: bool) -> None:
     if is_finished(name, step):  # by another run, just now
         return
     described = sha256_of_json(step.describe_inputs())
+    content = step.describe_content()
     # Otherwise, half-made outputs would count as finished once the old inputs are back.
     forget_finished(step.inputs.store, name, step.site)
     step.work(overwrite=overwrite)
     outputs = sha256_of_json(step.identify_outputs())
-    note_finished(step.inputs.store, name, step.site, described, outputs)
+    content_hash = None if content is None else sha256_of_json(content)
+    note_finished(step.inputs.store, name, step.site, described, outputs, content_hash)
 
 
 class _Audit(SiteStep):
@@ -105,7 +136,16 @@ class _Audit(SiteStep):
         site = self.inputs.sites[self.site]
         years = self.inputs.dataset.years
         lists = [path_of_list(site, year, job.sources, job.snapshots) for year in years]
-        return {"recipe": job.recipe.id, "lists": [time_of_change(place) for place in lists]}
+        times = [self.inputs.lookup.time_of_change(place) for place in lists]
+        return {"recipe": job.recipe.id, "lists": times}
+
+    def describe_content(self) -> Any:
+        job = self.inputs.job
+        site = self.inputs.sites[self.site]
+        years = self.inputs.dataset.years
+        hash_list = self.inputs.lookup.hash_list
+        hashes = [hash_list(site, year, job.sources, job.snapshots) for year in years]
+        return {"recipe": job.recipe.id, "lists": hashes}
 
     def work(self, *, overwrite: bool) -> None:
         del overwrite  # for maps
@@ -117,7 +157,7 @@ class _Audit(SiteStep):
             _write_parquet(table, self._folder() / f"{self.site}_{name}.parquet")
 
     def identify_outputs(self) -> Any:
-        return (self._folder() / f"{self.site}_years.parquet").exists()
+        return self.inputs.lookup.exists(self._folder() / f"{self.site}_years.parquet")
 
     def _folder(self) -> Place:
         return self.inputs.results / "audit" / "sites"
@@ -165,7 +205,7 @@ class _Tracks(SiteStep):
         return {
             model.name: [
                 self.seal(f"predictions/{model.name}"),
-                read_finished(self.inputs.store, "rates", model.name).get("outputs"),
+                self.inputs.lookup.read_note(self.inputs.store, "rates", model.name).get("outputs"),
             ]
             for model in models
         }
@@ -190,7 +230,10 @@ class _Tracks(SiteStep):
     def identify_outputs(self) -> Any:
         names = [model.name for model in self.inputs.dataset.models]
         return {
-            name: [self.seal(f"predictions/{name}{SUFFIX}"), list_files(self._folder(name))]
+            name: [
+                self.seal(f"predictions/{name}{SUFFIX}"),
+                self.inputs.lookup.list_files(self._folder(name)),
+            ]
             for name in names
         }
 
@@ -228,7 +271,7 @@ class _Score(SiteStep):
             write_json(path, content, "the counts")
 
     def identify_outputs(self) -> Any:
-        return counts_file(self.inputs, self.site).exists()
+        return self.inputs.lookup.exists(counts_file(self.inputs, self.site))
 
 
 def counts_file(inputs: Inputs, site: str) -> Place:
@@ -257,7 +300,7 @@ class _Export(SiteStep):
             export_sites(self.inputs.store, [self.site], folder, options)
 
     def identify_outputs(self) -> Any:
-        return list_files(self._folder())
+        return self.inputs.lookup.list_files(self._folder())
 
     def _folder(self) -> Place:
         return self.inputs.results / "export" / self.site

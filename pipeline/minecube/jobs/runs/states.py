@@ -14,10 +14,10 @@ from minecube.cube.read.summaries import Commit, grid_key
 from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.jobs.audit import LISTING_LAG
-from minecube.jobs.build import choose_scenes
+from minecube.jobs.build import choose_scenes, hash_listed_inputs
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.scene_lists import load_or_search, path_of_list
-from minecube.places import Place, time_of_change
+from minecube.places import Place
 from minecube.scenes import SearchResult, has_images
 
 
@@ -42,10 +42,11 @@ class StaleCheck:
 
         A scene list is read only if it changed after the commit.
         """
-        reason = self.explain_inputs(commit)
-        if not reason and commit.version != self._version:
-            return f"built by minecube {commit.version}"
-        return reason
+        return self.explain_inputs(commit) or self.explain_version(commit)
+
+    def explain_version(self, commit: Commit) -> str:
+        """Say which other version of minecube built a site-year."""
+        return "" if commit.version == self._version else f"built by minecube {commit.version}"
 
     def explain_inputs(self, commit: Commit) -> str:
         """Say which other inputs or rules built a site-year, whatever the version of minecube."""
@@ -79,8 +80,12 @@ class StaleCheck:
             year
             for year in list_read_years(self._inputs.job.recipe, [commit.year])
             if (commit.site, year) in self._searched
-            or _changed_after(list_path(self._inputs, commit.site, year), committed)
+            or self._changed_after(list_path(self._inputs, commit.site, year), committed)
         ]
+
+    def _changed_after(self, place: Place, time: float) -> bool:
+        changed = self._inputs.lookup.time_of_change(place)
+        return changed is not None and changed > time
 
     def _find(
         self, site: Site, year: int, sources: Sequence[Source], folder: Place
@@ -91,6 +96,11 @@ class StaleCheck:
     def _has_other_scenes(self, commit: Commit) -> bool:
         inputs = self._inputs
         site = inputs.sites[commit.site]
+        is_saved = not any(site_id == commit.site for site_id, _ in self._searched)
+        if is_saved and commit.inputs == hash_listed_inputs(
+            inputs.job, site, commit.year, inputs.lookup.hash_list
+        ):
+            return False  # only the time of a list has changed, as in a copy
         try:
             _, candidates = choose_scenes(inputs.job, site, commit.year, self._find)
         except SceneError:
@@ -119,7 +129,7 @@ def needs_search(inputs: Inputs, site: str, year: int) -> bool:
 
     A list may be saved in January, as the neighbour of the year before.
     """
-    changed = time_of_change(list_path(inputs, site, year))
+    changed = inputs.lookup.time_of_change(list_path(inputs, site, year))
     if changed is None:
         return True
     saved = datetime.fromtimestamp(changed, tz=UTC).date()
@@ -131,8 +141,3 @@ def complete_day(recipe: Recipe, year: int) -> date:
     last_month = max(*recipe.months, *recipe.wider_months)
     next_month = date(year + last_month // 12, last_month % 12 + 1, 1)
     return next_month + LISTING_LAG
-
-
-def _changed_after(place: Place, time: float) -> bool:
-    changed = time_of_change(place)
-    return changed is not None and changed > time

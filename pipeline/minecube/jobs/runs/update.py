@@ -6,6 +6,7 @@ another recipe go to a store of their own, so the old store stays as it is.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,10 +21,10 @@ from minecube.errors import MinecubeError, SceneError
 from minecube.jobs.runs.driver import make_plan, run
 from minecube.jobs.runs.inputs import Inputs, load_inputs
 from minecube.jobs.runs.plan import Plan
-from minecube.jobs.runs.states import StaleCheck, list_path, list_read_years, needs_search
+from minecube.jobs.runs.states import StaleCheck, list_read_years, needs_search
 from minecube.jobs.runs.summary import Progress, RunOptions, Summary
 from minecube.jobs.runs.units import Unit
-from minecube.jobs.scene_lists import load_or_search, save_list
+from minecube.jobs.scene_lists import load_list, save_list
 from minecube.scenes import SceneChange, SearchResult
 
 _SEARCHES = 4
@@ -76,11 +77,19 @@ def find_changes(
     """
     plan = make_plan(dataset, RunOptions(sites=options.sites))
     found = Changes()
+    stopped = threading.Event()
+
+    def find(site: str) -> Changes:
+        return _find_site_changes(plan, site, options, save, stopped)
+
     with ThreadPoolExecutor(_SEARCHES) as pool:
-        sites = pool.map(lambda site: _find_site_changes(plan, site, options, save), plan.sites)
-        for site, changes in zip(plan.sites, sites, strict=True):
-            found.add(changes)
-            note(site)
+        try:
+            for site, changes in zip(plan.sites, pool.map(find, plan.sites), strict=True):
+                found.add(changes)
+                note(site)
+        except BaseException:  # Ctrl-C, for example: begun searches end, and no other begins
+            stopped.set()
+            raise
     return found
 
 
@@ -95,14 +104,16 @@ def update(
     return run(dataset, chosen, progress)
 
 
-def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool) -> Changes:
+def _find_site_changes(
+    plan: Plan, site: str, options: UpdateOptions, save: bool, stopped: threading.Event
+) -> Changes:
     """Search the lists of one site that are missing or may have changed, and compare."""
     inputs = plan.inputs
     found = Changes()
     searched: dict[tuple[str, int], SearchResult] = {}
     for year in list_read_years(inputs.job.recipe, plan.years):
         is_incomplete = needs_search(inputs, site, year)
-        if not (is_incomplete or options.refresh):
+        if stopped.is_set() or not (is_incomplete or options.refresh):
             continue
         try:
             listed = _search_again(inputs, site, year, found)
@@ -124,13 +135,12 @@ def _find_site_changes(plan: Plan, site: str, options: UpdateOptions, save: bool
 def _search_again(inputs: Inputs, site: str, year: int, found: Changes) -> SearchResult:
     job = inputs.job
     listed = scenes.search(inputs.sites[site], year, *job.sources)
-    if list_path(inputs, site, year).exists():
-        try:
-            old = load_or_search(inputs.sites[site], year, job.sources, job.snapshots).scenes
-        except SceneError:  # of another search; the new list takes its place
-            old = ()
-        if changes := scenes.compare_lists(old, listed.scenes):
-            found.scenes[site, year] = changes
+    try:
+        old = load_list(inputs.sites[site], year, job.sources, job.snapshots)
+    except SceneError:  # of another search; the new list takes its place
+        old = SearchResult(scenes=(), listed=0)
+    if old is not None and (changes := scenes.compare_lists(old.scenes, listed.scenes)):
+        found.scenes[site, year] = changes
     return listed
 
 
@@ -142,7 +152,7 @@ def _judge(plan: Plan, check: StaleCheck, unit: Unit, found: Changes, *, rebuild
         found.reasons[key] = "new"
     elif reason := check.explain_inputs(commit):
         found.reasons[key] = reason
-    elif reason := check.explain(commit):
+    elif reason := check.explain_version(commit):
         (found.reasons if rebuild else found.older)[key] = reason
 
 
@@ -171,8 +181,12 @@ def choose_store(dataset: Dataset) -> Dataset:
 
 def _read_recipe(inputs: Inputs) -> dict[str, object] | None:
     """Return the recipe of the first committed site; None in an empty store."""
-    for site in inputs.sites:
-        for commit in list_commits(inputs.store, [site]).values():
+    store = inputs.store
+    if store.path is not None and not store.path.is_dir():
+        return None
+    stored = set(store.list_folders(""))
+    for site in filter(stored.__contains__, inputs.sites):
+        for commit in list_commits(store, [site]).values():
             return untitled(commit.recipe)
     return None
 
