@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import os
 import shutil
 import signal
 import subprocess
@@ -176,3 +178,20 @@ def test_a_list_of_another_site(world, built, tmp_path):
         _, err = run(command, *args(tmp_path, tmp_path / "new.zarr"), "--scenes", lists, ok=2)
         assert "the saved list for far 2020 from sim-earth-search holds scenes elsewhere" in err
     assert not (tmp_path / "new.zarr").exists()
+
+
+def test_a_list_saved_in_the_season_is_built_from_with_a_warning(world, tmp_path):
+    """A list of 2020 that was saved in January 2020, as the neighbour of 2019, lacks the summer."""
+    lists = tmp_path / "lists"
+    once = ["--scenes", lists]
+    run_here("build", *args(world, tmp_path / "first", "2020"), *once)
+    (saved,) = lists.glob("pit_2020_*.parquet")
+    january = dt.datetime(2020, 1, 20, tzinfo=dt.UTC).timestamp()
+    os.utime(saved, (january, january))
+    _, err = run_here("build", *args(world, tmp_path / "second", "2020"), *once)
+    assert "pit 2020: the scene list was saved before the end of the season" in err
+    assert str(saved) in err
+    after = dt.datetime(2020, 11, 3, 12, tzinfo=dt.UTC).timestamp()
+    os.utime(saved, (after, after))
+    _, err = run_here("build", *args(world, tmp_path / "third", "2020"), *once)
+    assert "scene list" not in err

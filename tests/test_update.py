@@ -23,13 +23,14 @@ from minecube.errors import CatalogError, CubeError
 from minecube.jobs.runs import RunOptions, run
 from minecube.jobs.runs.inputs import load_inputs
 from minecube.jobs.runs.publishing import check_publishing, publish_dataset
-from minecube.jobs.runs.states import complete_day, list_path
+from minecube.jobs.runs.states import list_path
 from minecube.jobs.runs.update import (
     UpdateOptions,
     choose_store,
     find_changes,
     update,
 )
+from minecube.jobs.scene_lists import complete_day
 from minecube.scenes import snapshot
 
 REFRESH = UpdateOptions(refresh=True)

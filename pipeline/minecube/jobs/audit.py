@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,12 @@ from minecube.catalog import Recipe, Site, Source
 from minecube.errors import CubeError, SceneError
 from minecube.files import replacing
 from minecube.grid import grid_of
-from minecube.jobs.scene_lists import load_or_search, path_of_list
+from minecube.jobs.scene_lists import LISTING_LAG, load_or_search, path_of_list
 from minecube.places import Place
 from minecube.scenes import coverage
 
 _SEARCHES = 4
 """Simultaneous searches. Their number depends on the API's latency, not on the cores."""
-LISTING_LAG = timedelta(days=2)
-"""Time until a pass counts as missing, and a list as complete. Products are made and listed within about a day."""
 
 
 @dataclass(frozen=True)

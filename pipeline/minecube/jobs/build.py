@@ -35,9 +35,17 @@ from minecube.errors import (
 from minecube.grid import grid_of
 from minecube.jobs.copies import Copies
 from minecube.jobs.failures import classify, describe_failure
-from minecube.jobs.scene_lists import FindScenes, HashList, cache_lists, hash_list, load_or_save
+from minecube.jobs.scene_lists import (
+    FindScenes,
+    HashList,
+    cache_lists,
+    hash_list,
+    is_early,
+    load_or_save,
+    path_of_list,
+)
 from minecube.jobs.workers import iterate_finished
-from minecube.places import Place
+from minecube.places import Place, time_of_change
 from minecube.reader import Ledger, check_credentials, interruption
 from minecube.scenes import offsets, snapshot, veils
 from minecube.scenes.looks import read_look
@@ -276,6 +284,7 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
         ids = {scene.get("copy_of", scene["id"]) for scene in cube.list_used_scenes(marker)}
         read = [scene for scene in candidates if scene.id in ids]
         return _describe_kept(job, marker, len(scenes.list_solar_days(read)))
+    _warn_of_early_list(job, task.site, task.year)
     copies = Copies(
         job.sources,
         job.recipe.bands,
@@ -295,6 +304,20 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
                 raise
         else:
             return replace(outcome, copies=copies.describe())
+
+
+def _warn_of_early_list(job: BuildJob, site: Site, year: int) -> None:
+    """Warn if the list of a year was saved before its season was over, as a neighbour's list."""
+    place = path_of_list(site, year, job.sources, job.snapshots)
+    saved = time_of_change(place)
+    if saved is not None and is_early(saved, job.recipe, year):
+        log.warning(
+            "%s %s: the scene list was saved before the end of the season, so scenes can be "
+            "missing; to search again, remove %s",
+            site.id,
+            year,
+            place,
+        )
 
 
 def _composite_year(

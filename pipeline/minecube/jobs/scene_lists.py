@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 from minecube import cube, scenes
-from minecube.catalog import Site, Source
+from minecube.catalog import Recipe, Site, Source
 from minecube.digests import sha256_of_json
 from minecube.errors import PlaceError
 from minecube.network import origin_of
@@ -25,6 +26,8 @@ FindScenes = Callable[[Site, int, Sequence[Source], Place], scenes.SearchResult]
 HashList = Callable[[Site, int, Sequence[Source], Place], str | None]
 """Hashes the saved list of a site and year, as `hash_list`."""
 
+LISTING_LAG = timedelta(days=2)
+"""Time until a pass counts as missing, and a list as complete. Products are made and listed within about a day."""
 _CACHED_LISTS = 4  # a year, its two neighbours, and the next year
 
 
@@ -57,6 +60,23 @@ def default_folder(store: cube.Store) -> Place:
 def path_of_list(site: Site, year: int, sources: Sequence[Source], folder: Place) -> Place:
     """Return the path or URL of the site-year's scene list."""
     return folder / f"{site.id}_{year}_{'+'.join(s.id for s in sources)}.parquet"
+
+
+def complete_day(recipe: Recipe, year: int) -> date:
+    """Return the first day on which a list can have all scenes of a year for a recipe."""
+    last_month = max(*recipe.months, *recipe.wider_months)
+    next_month = date(year + last_month // 12, last_month % 12 + 1, 1)
+    return next_month + LISTING_LAG
+
+
+def is_early(saved: float, recipe: Recipe, year: int) -> bool:
+    """Whether a list saved at this time lacks scenes that a search would find today.
+
+    A list may be saved in January, as the neighbour of the year before. `saved` is in seconds since
+    1970.
+    """
+    saved_on = datetime.fromtimestamp(saved, tz=UTC).date()
+    return saved_on < complete_day(recipe, year) <= datetime.now(tz=UTC).date()
 
 
 def load_or_search(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, date, datetime
+from datetime import datetime
 from importlib import metadata
 from typing import Any
 
@@ -13,10 +13,9 @@ from minecube.cube.provenance import describe_grid, untitled
 from minecube.cube.read.summaries import Commit, grid_key
 from minecube.errors import SceneError
 from minecube.grid import grid_of
-from minecube.jobs.audit import LISTING_LAG
 from minecube.jobs.build import choose_scenes, hash_listed_inputs
 from minecube.jobs.runs.inputs import Inputs
-from minecube.jobs.scene_lists import load_or_search, path_of_list
+from minecube.jobs.scene_lists import is_early, load_or_search, path_of_list
 from minecube.places import Place
 from minecube.scenes import SearchResult, has_images
 
@@ -129,15 +128,5 @@ def needs_search(inputs: Inputs, site: str, year: int) -> bool:
 
     A list may be saved in January, as the neighbour of the year before.
     """
-    changed = inputs.lookup.time_of_change(list_path(inputs, site, year))
-    if changed is None:
-        return True
-    saved = datetime.fromtimestamp(changed, tz=UTC).date()
-    return saved < complete_day(inputs.job.recipe, year) <= datetime.now(tz=UTC).date()
-
-
-def complete_day(recipe: Recipe, year: int) -> date:
-    """Return the first day on which a list can have all scenes of a year for a recipe."""
-    last_month = max(*recipe.months, *recipe.wider_months)
-    next_month = date(year + last_month // 12, last_month % 12 + 1, 1)
-    return next_month + LISTING_LAG
+    saved = inputs.lookup.time_of_change(list_path(inputs, site, year))
+    return saved is None or is_early(saved, inputs.job.recipe, year)
