@@ -73,8 +73,17 @@ def read_commits(
     Raises:
         CubeError: a marker is damaged, or the store cannot be read.
     """
+    commits = iterate_commits(store, site_years, damaged)
+    return {(commit.site, commit.year): commit for commit in commits}
+
+
+def iterate_commits(
+    store: Store,
+    site_years: Iterable[tuple[str, int]],
+    damaged: dict[tuple[str, int], CubeError] | None = None,
+) -> Iterator[Commit]:
+    """Yield what `read_commits` returns, in the order of the site-years."""
     shared: dict[Any, Any] = {}
-    commits = {}
     for (site, year), content in _read_all(store, site_years):
         try:
             commit = _parse(store, site, year, content, shared)
@@ -84,8 +93,7 @@ def read_commits(
             damaged[site, year] = error
             continue
         if commit is not None:
-            commits[site, year] = commit
-    return commits
+            yield commit
 
 
 def _read_all(
@@ -95,7 +103,7 @@ def _read_all(
         for site, year in site_years:
             path = f"{store.path}/{marker_path(site, year)}/zarr.json"
             try:
-                with open(path, "rb") as file:  # noqa: PTH123  called for each site-year
+                with open(path, "rb", buffering=0) as file:  # noqa: PTH123  called for each site-year
                     yield (site, year), file.read()
             except (FileNotFoundError, NotADirectoryError):
                 continue
@@ -155,7 +163,12 @@ def _parse(
 
 def list_commits(store: Store, sites: Iterable[str]) -> dict[tuple[str, int], Commit]:
     """Read the markers of all committed years of these sites, as `read_commits` does."""
-    return read_commits(store, chain.from_iterable(_list_years(store, site) for site in sites))
+    return read_commits(store, list_site_years(store, sites))
+
+
+def list_site_years(store: Store, sites: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Yield the site-years with a marker, which may be uncommitted."""
+    return chain.from_iterable(_list_years(store, site) for site in sites)
 
 
 def _list_years(store: Store, site: str) -> list[tuple[str, int]]:
@@ -166,7 +179,8 @@ def _list_years(store: Store, site: str) -> list[tuple[str, int]]:
             return []
     else:
         names = store.list_folders(f"{site}/builds")
-    return [(site, int(name)) for name in sorted(names) if name.isdigit()]
+    years = {int(name) for name in names if name.isdigit()}
+    return [(site, year) for year in sorted(years)]
 
 
 def read_seals(store: Store, paths: Iterable[str]) -> list[str]:

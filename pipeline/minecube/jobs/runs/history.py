@@ -97,7 +97,7 @@ class History:
 
 def take_rows(column: pd.Series, rows: NDArray[np.intp]) -> Any:
     """Return the values of a column at these positions. Those at -1 are missing."""
-    return column.reindex(rows).array
+    return column.reset_index(drop=True).reindex(rows).array
 
 
 def _find_busy(table: pd.DataFrame) -> NDArray[np.bool_]:
