@@ -22,6 +22,7 @@ from minecube.errors import CubeError
 
 _READERS = 32  # simultaneous requests to an object store
 _BATCH = 10_000
+_PART_BYTES = 1 << 16  # more than most markers have
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +104,12 @@ def _read_all(
         for site, year in site_years:
             path = f"{store.path}/{marker_path(site, year)}/zarr.json"
             try:
-                with open(path, "rb", buffering=0) as file:  # noqa: PTH123  called for each site-year
-                    yield (site, year), file.read()
+                content = _read_file(path)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             except OSError as error:
                 raise CubeError(f"{path}: cannot be read ({error.strerror})") from error
+            yield (site, year), content
         return
     objects = store.open_objects()
 
@@ -122,6 +123,18 @@ def _read_all(
     with store.reading("markers"), ThreadPoolExecutor(_READERS) as pool:
         while batch := list(islice(waiting, _BATCH)):
             yield from filter(None, pool.map(read, batch))
+
+
+def _read_file(path: str) -> bytes:
+    """Read a small file. `open` takes half as long again, since it asks for more than bytes."""
+    number = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        content = b""
+        while part := os.read(number, _PART_BYTES):  # one part, unless a disk gives less
+            content += part
+        return content
+    finally:
+        os.close(number)
 
 
 def _parse(
