@@ -17,7 +17,7 @@ from shapely.ops import unary_union
 
 from minecube.catalog import Site, load_sites
 from minecube.errors import CatalogError
-from minecube.grid import coarsen, equal_area_crs, grid_of, iterate_blocks, pad
+from minecube.grid import coarsen, equal_area_crs, grid_of, iterate_blocks, pad, project_bounds
 
 
 def site_at(lon, lat, width, height):
@@ -173,3 +173,19 @@ def test_a_sites_zone_is_that_of_proj():
         shape = box(x, y, x + 0.01, y + 0.01)
         expected = CRS.utm(Geometry(shape, "EPSG:4326"))
         assert grid_of(Site(id="s", geometry=shape)).crs == expected, (x, y)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        shapely.box(10.0, 45.0, 10.3, 45.02),
+        shapely.box(-0.004, 51.0, 0.004, 51.2),  # odc-geo adds no vertices at Greenwich
+        shapely.Point(30.0, -20.0).buffer(0.06).difference(shapely.box(30.0, -20.0, 30.01, -19.9)),
+        shapely.union(shapely.box(20.0, 60.0, 20.2, 60.1), shapely.box(20.3, 60.2, 20.31, 60.21)),
+    ],
+)
+def test_a_grid_covers_the_box_that_odc_geo_projects(shape):
+    """Committed cubes have grids of this box. Another last digit might change a grid."""
+    crs = CRS(f"EPSG:{grid_of(Site(id='pit', geometry=shape)).crs.epsg}")
+    expected = Geometry(shape, "EPSG:4326").to_crs(crs, resolution=0.01).boundingbox
+    assert project_bounds(shape, crs).bbox == expected.bbox

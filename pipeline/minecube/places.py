@@ -214,10 +214,18 @@ def list_files(folder: Place) -> list[str]:
 
 def time_of_change(place: Place) -> float | None:
     """Return the time of the last change of a file in seconds since 1970; None if it is missing."""
+    if not isinstance(place, Url):
+        return time_of_file(place)
     try:
-        if isinstance(place, Url):
-            return float(place.client().head(place.key)["last_modified"].timestamp())
-        return place.stat().st_mtime
+        return float(place.client().head(place.key)["last_modified"].timestamp())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def time_of_file(path: str | Path) -> float | None:
+    """Return the same as `time_of_change` for a local file."""
+    try:
+        return os.stat(path).st_mtime  # noqa: PTH116  called for each site-year
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -29,6 +29,7 @@ from typing import Any
 import obstore.exceptions
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.json
 
 from minecube.cube.store import Store
@@ -164,6 +165,18 @@ class Events:
     """Workers whose log changed within the last `DEAD_S` seconds."""
 
 
+@contextmanager
+def _returning_memory() -> Iterator[None]:
+    """Let Arrow return freed memory to the system, which its default pool keeps."""
+    pool = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(pool)
+
+
+@_returning_memory()
 def read_events(store: Store, columns: Sequence[str] = SCHEMA.names) -> Events:
     """Read these columns from the logs of all workers, `time` among them.
 
@@ -180,9 +193,25 @@ def read_events(store: Store, columns: Sequence[str] = SCHEMA.names) -> Events:
             tables.append(_compact(_parse(content, columns)))
             if changed >= oldest:
                 alive.add(name)
-        table = pa.concat_tables(tables).unify_dictionaries().to_pandas(self_destruct=True)
-    pa.default_memory_pool().release_unused()
-    return Events(table.sort_values("time", kind="stable", ignore_index=True), frozenset(alive))
+    return Events(_sort(tables), frozenset(alive))
+
+
+def _sort(tables: list[pa.Table]) -> pd.DataFrame:
+    """Sort events by time, and empty the list of their tables.
+
+    Each column is sorted on its own, which saves memory for a copy of the whole table.
+    """
+    table = pa.concat_tables(tables)
+    tables.clear()
+    order = pc.sort_indices(table["time"])  # stable
+    columns = {}
+    for name in table.column_names:
+        column = table[name].unify_dictionaries()
+        table = table.drop_columns([name])
+        columns[name] = column.take(order).to_pandas()
+        del column
+        pa.default_memory_pool().release_unused()
+    return pd.DataFrame(columns, copy=False)
 
 
 def _choose(columns: Sequence[str]) -> pa.Schema:
@@ -211,7 +240,7 @@ def _iterate_logs(store: Store) -> Iterator[tuple[str, float, bytes]]:
 def _parse(content: bytes, columns: Sequence[str]) -> pa.Table:
     """Parse these columns of JSON lines. Damaged lines are left out."""
     schema = _choose(columns)
-    if not content.strip():
+    if not content or content.isspace():
         return schema.empty_table()
     options = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
     try:

@@ -59,7 +59,12 @@ def default_folder(store: cube.Store) -> Place:
 
 def path_of_list(site: Site, year: int, sources: Sequence[Source], folder: Place) -> Place:
     """Return the path or URL of the site-year's scene list."""
-    return folder / f"{site.id}_{year}_{'+'.join(s.id for s in sources)}.parquet"
+    return folder / name_list(site.id, year, sources)
+
+
+def name_list(site: str, year: int, sources: Sequence[Source]) -> str:
+    """Return the name of the file of a site-year's scene list."""
+    return f"{site}_{year}_{'+'.join([source.id for source in sources])}.parquet"
 
 
 def complete_day(recipe: Recipe, year: int) -> date:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,16 +20,17 @@ import geopandas as gpd
 import numpy as np
 import pandas as pd
 import shapely
+from numpy.typing import NDArray
 
 from minecube import cube
 from minecube.catalog import Dataset
 from minecube.composite.plan import Terms
 from minecube.cube.events import RUNS, Events, read_events
-from minecube.cube.read.summaries import Commit, list_commits, read_commits
+from minecube.cube.read.summaries import Commit, iterate_commits, list_site_years
 from minecube.errors import CubeError, MinecubeError
 from minecube.grid import area_of
-from minecube.jobs.runs.history import COLUMNS, History
-from minecube.jobs.runs.inputs import forget_inputs, load_inputs
+from minecube.jobs.runs.history import COLUMNS, History, take_rows
+from minecube.jobs.runs.inputs import Inputs, forget_inputs, load_inputs
 from minecube.jobs.runs.lookups import READERS
 from minecube.jobs.runs.site_steps import check_steps
 from minecube.jobs.runs.states import StaleCheck
@@ -38,7 +41,11 @@ STATES = ("done", "gaps", "stale", "running", "failed", "interrupted", "to do")
 from other inputs. interrupted: its worker died. to do: not tried yet."""
 _KM2_PER_PIXEL = 1e-4
 _SPENT = ["step", "state", "time", "seconds", "bytes", "requests"]
+_LAST = ["state", "error_class", "message", "seconds", "peak_mb", "bytes", "requests", "worker"]
+_LAST += ["attempts", "running", "interrupted"]
+"""Columns of the history that tell how a site-year ended last."""
 _MADE_OF_BUILDS = ("predict", "tracks", "score", "export")
+_BATCH = 10_000  # commits whose scene lists are compared at the same time
 _MOST_CHECKED = 2000
 """Most sites whose steps are compared with their inputs and outputs; of more, with times."""
 _RATE_WINDOW = timedelta(hours=1)
@@ -103,7 +110,21 @@ def read_status(dataset: Dataset) -> Status:
     inputs = load_inputs(dataset).with_listings()
     keys = list(itertools.product(inputs.sites, dataset.years))
     damaged: dict[tuple[str, int], CubeError] = {}
-    commits = read_commits(inputs.store, keys, damaged)
+    found = iterate_commits(inputs.store, keys, damaged)
+    commits = _tabulate(_explain(found, inputs, damaged))
+    steps = [step for step in list_steps(dataset) if step in SITE_STEPS]
+    terms = Terms.load(Path(dataset.prices)) if dataset.prices else Terms()
+    finished = None
+    if len(inputs.sites) <= _MOST_CHECKED:
+        finished = check_steps(inputs, steps)
+    reader = _Reader(inputs.store, keys, commits, damaged, finished)
+    return reader.read(dataset.id, steps, terms, read_events(inputs.store, COLUMNS))
+
+
+def _explain(
+    commits: Iterator[Commit], inputs: Inputs, damaged: dict[tuple[str, int], CubeError]
+) -> Iterator[tuple[Commit, str]]:
+    """Add to each commit why it is stale. Site-years that cannot be judged are damaged."""
     check = StaleCheck(inputs)
 
     def explain(commit: Commit) -> str:
@@ -113,16 +134,13 @@ def read_status(dataset: Dataset) -> Status:
             damaged[commit.site, commit.year] = CubeError(str(error))
             return ""
 
-    with ThreadPoolExecutor(1 if inputs.store.path else READERS) as pool:
-        found = zip(commits, pool.map(explain, commits.values()), strict=True)
-        reasons = {key: reason for key, reason in found if reason}
-    steps = [step for step in list_steps(dataset) if step in SITE_STEPS]
-    terms = Terms.load(Path(dataset.prices)) if dataset.prices else Terms()
-    finished = None
-    if len(inputs.sites) <= _MOST_CHECKED:
-        finished = check_steps(inputs, steps)
-    reader = _Reader(inputs.store, keys, commits, reasons, damaged, finished)
-    return reader.read(dataset.id, steps, terms)
+    if inputs.store.path is not None:
+        for commit in commits:
+            yield commit, explain(commit)
+        return
+    with ThreadPoolExecutor(READERS) as pool:  # a changed scene list is read
+        while batch := list(itertools.islice(commits, _BATCH)):
+            yield from zip(batch, pool.map(explain, batch), strict=True)
 
 
 def read_store_status(store: cube.Store) -> Status:
@@ -131,11 +149,32 @@ def read_store_status(store: cube.Store) -> Status:
     Raises:
         CubeError: the store cannot be read.
     """
-    commits = list_commits(store, cube.list_sites(store))
+    found = iterate_commits(store, list_site_years(store, cube.list_sites(store)))
+    commits = _tabulate((commit, "") for commit in found)
     events = read_events(store, COLUMNS)
     tried = events.table[["site", "year"]].drop_duplicates().query("year > 0")
-    keys = sorted({*commits, *tried.itertuples(index=False, name=None)})
-    return _Reader(store, keys, commits, {}, {}).read(str(store), SITE_STEPS, Terms(), events)
+    keys = sorted({*commits.index, *tried.itertuples(index=False, name=None)})
+    return _Reader(store, keys, commits, {}).read(str(store), SITE_STEPS, Terms(), events)
+
+
+def _tabulate(commits: Iterable[tuple[Commit, str]]) -> pd.DataFrame:
+    """Return commits by site and year: committed, version, lost, pixels and why they are stale.
+
+    A `Commit` takes five times the memory of a row.
+    """
+    keys: list[tuple[str, int]] = []
+    texts: dict[str, list[str]] = {"committed": [], "version": [], "stale": []}
+    numbers = {"lost": array("q"), "pixels": array("q")}
+    for commit, reason in commits:
+        keys.append((commit.site, commit.year))
+        texts["committed"].append(commit.committed)
+        texts["version"].append(commit.version)
+        texts["stale"].append(sys.intern(reason))
+        numbers["lost"].append(commit.lost)
+        numbers["pixels"].append(commit.pixels)
+    index = pd.MultiIndex.from_tuples(keys, names=["site", "year"])
+    columns = {name: np.array(values, dtype=object) for name, values in texts.items()}
+    return pd.DataFrame({**columns, **{k: np.array(v) for k, v in numbers.items()}}, index=index)
 
 
 @dataclass(frozen=True)
@@ -144,115 +183,136 @@ class _Reader:
 
     store: cube.Store
     keys: Sequence[tuple[str, int]]
-    commits: Mapping[tuple[str, int], Commit]
-    reasons: Mapping[tuple[str, int], str]
-    """Why committed site-years are stale."""
+    commits: pd.DataFrame
+    """As from `_tabulate`."""
     damaged: Mapping[tuple[str, int], CubeError]
     """Site-years with a damaged marker."""
     finished: Mapping[str, Mapping[str, bool]] | None = None
     """Step -> site -> whether it is finished; None: the times of notes and builds decide."""
 
-    def read(
-        self, name: str, steps: Iterable[str], terms: Terms, events: Events | None = None
-    ) -> Status:
-        events = events or read_events(self.store, COLUMNS)
-        history = History.from_events(events).units.reset_index()
+    def read(self, name: str, steps: Iterable[str], terms: Terms, events: Events) -> Status:
         ends = events.table.loc[events.table["event"] == "end", _SPENT]
         spent = {
             "seconds": float(ends["seconds"].sum()),
             "mb": float(ends["bytes"].sum()) / 1e6,
             "requests": float(ends["requests"].sum()),
         }
-        site_years = self._tabulate_site_years(history)
+        per_hour = _measure_rate(ends)
+        del ends
+        units = History.from_events(events).units
+        del events
+        site_years = self._tabulate_site_years(units)
         return Status(
             name=name,
             site_years=site_years,
-            steps=self._tabulate_steps(history, list(steps)),
+            steps=self._tabulate_steps(units, list(steps)),
             spent=spent,
-            per_hour=_measure_rate(ends) if (site_years["state"] == "running").any() else 0.0,
+            per_hour=per_hour if (site_years["state"] == "running").any() else 0.0,
             cost=_compute_cost(spent, terms),
             currency=terms.currency,
         )
 
-    def _tabulate_site_years(self, history: pd.DataFrame) -> pd.DataFrame:
-        tried = history[history["step"].isin(["search", "build"])]
-        # The build tells more than the search, where both were tried.
-        last = (
-            tried.sort_values("step").drop_duplicates(["site", "year"]).set_index(["site", "year"])
-        )
+    def _tabulate_site_years(self, units: pd.DataFrame) -> pd.DataFrame:
         index = pd.MultiIndex.from_tuples(self.keys, names=["site", "year"])
-        table = last.reindex(index).astype({"error_class": object, "worker": object})
-        built = [self.commits.get(key) for key in self.keys]
-        committed = np.array([commit is not None for commit in built], dtype=bool)
-        lost = np.array([0 if commit is None else commit.lost for commit in built])
-        stale = np.array([key in self.reasons for key in self.keys], dtype=bool)
+        last = _take_columns(units, _LAST, _find_last(units, index))
+        rows = self.commits.index.get_indexer(index)
+        commits = _take_columns(self.commits, self.commits.columns, rows)
+        committed = rows >= 0
+        lost = commits["lost"].fillna(0).astype(np.int64).to_numpy()
+        reason = commits["stale"].fillna("").to_numpy()
         broken = np.array([key in self.damaged for key in self.keys], dtype=bool)
-        failed = (table["state"] == "failed").to_numpy() | broken
-        running = table["running"].eq(True).to_numpy()
-        interrupted = table["interrupted"].eq(True).to_numpy()
-        conditions = [
-            running,
-            broken,
-            stale,
-            committed & (lost > 0),
-            committed,
-            interrupted,
-            failed,
-        ]
-        choices = ["running", "failed", "stale", "gaps", "done", "interrupted", "failed"]
-        state = np.select(conditions, choices, "to do")
-        why = table["message"].fillna("").where(~committed | failed, "").to_numpy(dtype=object)
-        for position in np.flatnonzero(stale):
-            reason = self.reasons[self.keys[int(position)]]
-            why[position] = "; ".join(filter(None, [reason, why[position]]))
+        failed = (last["state"] == "failed").to_numpy() | broken
+        conditions = {
+            "running": last["running"].eq(True).to_numpy(),
+            "failed": broken,
+            "stale": reason != "",
+            "gaps": committed & (lost > 0),
+            "done": committed,
+            "interrupted": last["interrupted"].eq(True).to_numpy(),
+        }
+        choices = np.array([*conditions, "failed", "to do"], dtype=object)
+        state = choices[np.select([*conditions.values(), failed], range(7), 7)]
+        why = last["message"].fillna("").where(~committed | failed, "").to_numpy(dtype=object)
+        for position in np.flatnonzero(reason != ""):
+            why[position] = "; ".join(filter(None, [reason[position], why[position]]))
         for position in np.flatnonzero(state == "gaps"):
             why[position] = f"{lost[position]} reads were lost"
         for position in np.flatnonzero(broken):
             why[position] = str(self.damaged[self.keys[int(position)]])
-        return pd.DataFrame(
-            {
-                "state": state,
-                "why": why,
-                "error_class": table["error_class"].fillna("").where(failed, "").to_numpy(),
-                "attempts": table["attempts"].fillna(0).astype(int).to_numpy(),
-                "seconds": table["seconds"].to_numpy(),
-                "peak_mb": table["peak_mb"].to_numpy(),
-                "mb": (table["bytes"] / 1e6).round(3).to_numpy(),
-                "requests": table["requests"].to_numpy(),
-                "lost": lost,
-                "km2": [
-                    0.0 if commit is None else commit.pixels * _KM2_PER_PIXEL for commit in built
-                ],
-                "version": ["" if commit is None else commit.version for commit in built],
-                "worker": table["worker"].fillna("").to_numpy(),
-                "committed": ["" if commit is None else commit.committed for commit in built],
-            },
-            index=index,
-        )
+        error_class = last["error_class"].astype(object).fillna("").where(failed, "")
+        columns = {
+            "state": state,
+            "why": why,
+            "error_class": error_class.to_numpy(),
+            "attempts": last["attempts"].fillna(0).astype(int).to_numpy(),
+            "seconds": last["seconds"].to_numpy(),
+            "peak_mb": last["peak_mb"].to_numpy(),
+            "mb": (last["bytes"] / 1e6).round(3).to_numpy(),
+            "requests": last["requests"].to_numpy(),
+            "lost": lost,
+            "km2": commits["pixels"].fillna(0).to_numpy() * _KM2_PER_PIXEL,
+            "version": commits["version"].fillna("").to_numpy(),
+            "worker": last["worker"].astype(object).fillna("").to_numpy(),
+            "committed": commits["committed"].fillna("").to_numpy(),
+        }
+        return pd.DataFrame(columns, index=index, copy=False)
 
-    def _tabulate_steps(self, history: pd.DataFrame, steps: Sequence[str]) -> pd.DataFrame:
+    def _tabulate_steps(self, units: pd.DataFrame, steps: Sequence[str]) -> pd.DataFrame:
         sites = list(dict.fromkeys(site for site, _ in self.keys))
-        built: dict[str, float] = {}
-        for (site, _), commit in self.commits.items():
-            committed = datetime.fromisoformat(commit.committed).timestamp()
-            built[site] = max(built.get(site, 0.0), committed)
+        built = {} if self.finished is not None else self._list_times()
         columns = {}
         for step in steps:
             finished = _list_finished(self.store, step)
-            tried = history[history["step"] == step].set_index("site")
-            states = pd.Series("", index=sites)
+            states = []
             for site in sites:
-                if site not in finished:
-                    continue
-                is_current = step not in _MADE_OF_BUILDS or finished[site] >= built.get(site, 0.0)
+                is_current = step not in _MADE_OF_BUILDS or (
+                    finished.get(site, 0.0) >= built.get(site, 0.0)
+                )
                 if self.finished is not None:
                     is_current = self.finished[step][site]
-                states[site] = "done" if is_current else "stale"
-            states[states.index.isin(tried.index[tried["state"] == "failed"])] = "failed"
-            states[states.index.isin(tried.index[tried["interrupted"]])] = "interrupted"
-            states[states.index.isin(tried.index[tried["running"]])] = "running"
-            columns[step] = states
+                state = "done" if is_current else "stale"
+                states.append(state if site in finished else "")
+            tried = _choose_step(units, step)
+            names = tried.index.get_level_values("site")
+            column = pd.Series(states, index=sites, dtype=object)
+            column[column.index.isin(names[tried["state"] == "failed"])] = "failed"
+            column[column.index.isin(names[tried["interrupted"]])] = "interrupted"
+            column[column.index.isin(names[tried["running"]])] = "running"
+            columns[step] = column
         return pd.DataFrame(columns, index=pd.Index(sites, name="site"))
+
+    def _list_times(self) -> dict[str, float]:
+        """Map each site to the time of its last commit."""
+        built: dict[str, float] = {}
+        sites = self.commits.index.get_level_values("site")
+        for site, committed in zip(sites, self.commits["committed"], strict=True):
+            time = datetime.fromisoformat(committed).timestamp()
+            built[site] = max(built.get(site, 0.0), time)
+        return built
+
+
+def _choose_step(units: pd.DataFrame, step: str) -> pd.DataFrame:
+    """Return the rows of the units of a step."""
+    return units[units.index.get_level_values("step") == step]
+
+
+def _find_last(units: pd.DataFrame, index: pd.MultiIndex) -> NDArray[np.intp]:
+    """Return the row of each site-year's build, or of its search; -1 if neither was tried."""
+    rows = np.full(len(index), -1)
+    for step in ("search", "build"):  # the build tells more
+        of_step = np.flatnonzero(units.index.get_level_values("step") == step)
+        keys = units.index[of_step]
+        names = [keys.get_level_values(name) for name in ("site", "year")]
+        found = pd.MultiIndex.from_arrays(names).get_indexer(index)
+        rows[found >= 0] = of_step[found[found >= 0]]
+    return rows
+
+
+def _take_columns(
+    table: pd.DataFrame, columns: Iterable[str], rows: NDArray[np.intp]
+) -> dict[str, pd.Series]:
+    """Return these rows of some columns. Those at -1 are missing."""
+    return {name: pd.Series(take_rows(table[name], rows)) for name in columns}
 
 
 def _list_finished(store: cube.Store, step: str) -> dict[str, float]:

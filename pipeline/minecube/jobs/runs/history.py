@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from minecube.cube.events import Events
 from minecube.jobs.runs.units import Unit
@@ -35,29 +37,35 @@ class History:
         A unit is running if its last event is a start by a living worker. If that worker is dead,
         or has gone on to another unit, the attempt was interrupted.
         """
-        newest_of_workers = events.table.drop_duplicates("worker", keep="last").index
-        table = _drop_busy(events.table[COLUMNS])
-        # Numbers of units take a tenth of the memory of their names.
-        numbers = table.groupby(KEYS, observed=True, sort=False).ngroup()
-        table = table.assign(unit=numbers)
-        is_end = table["event"] == "end"
-        lacked = is_end & (table["error_class"] == "memory")
-        last = table.drop_duplicates("unit", keep="last")
-        is_newest = last.index.isin(newest_of_workers)
-        last = last.set_index("unit")
-        ends = table[is_end].drop_duplicates("unit", keep="last").set_index("unit")
-        units = ends.drop(columns=["event", *KEYS]).reindex(last.index)
-        repeated = units.select_dtypes("category").columns
-        units = units.astype(dict.fromkeys(repeated, object))
-        open_ = last["event"] == "start"
-        works = last["worker"].isin(events.alive) & is_newest
-        units["attempts"] = numbers[~is_end].value_counts().reindex(units.index, fill_value=0)
-        units["running"] = open_ & works
-        units["interrupted"] = open_ & ~works
-        units["memory_failures"] = numbers[lacked].value_counts().reindex(units.index, fill_value=0)
-        units["last_time"] = last["time"]
-        names = last[KEYS].astype({"step": object, "site": object})
-        return cls(units.set_index(pd.MultiIndex.from_frame(names)).sort_index())
+        table = events.table
+        is_newest = ~table["worker"].duplicated(keep="last").to_numpy()
+        rows = np.flatnonzero(~_find_busy(table))
+        # Numbers of units take a tenth of the memory of their names. 0: without a name.
+        numbers = table[KEYS].iloc[rows].groupby(KEYS, observed=True, sort=False).ngroup()
+        unit = numbers.to_numpy() + 1
+        is_end = (table["event"] == "end").to_numpy()[rows]
+        lacked = is_end & (table["error_class"] == "memory").to_numpy()[rows]
+        size = int(unit.max(initial=0)) + 1
+        last = np.full(size, -1)
+        last[unit] = rows  # of repeated units, the last row stays
+        last_end = np.full(size, -1)
+        last_end[unit[is_end]] = rows[is_end]
+        names = table[KEYS].iloc[last[last >= 0]].astype({"step": object, "site": object})
+        index = pd.MultiIndex.from_frame(names)
+        by_name = pd.Series(np.flatnonzero(last >= 0), index=index).sort_index()
+        last = last[by_name]
+        last_end = last_end[by_name]
+        is_open = (table["event"] == "start").to_numpy()[last]
+        works = table["worker"].isin(events.alive).to_numpy()[last] & is_newest[last]
+        of_end = [name for name in COLUMNS if name not in ("event", *KEYS)]
+        columns = {name: take_rows(table[name], last_end) for name in of_end} | {
+            "attempts": np.bincount(unit[~is_end], minlength=size)[by_name],
+            "running": is_open & works,
+            "interrupted": is_open & ~works,
+            "memory_failures": np.bincount(unit[lacked], minlength=size)[by_name],
+            "last_time": take_rows(table["time"], last),
+        }
+        return cls(pd.DataFrame(columns, index=by_name.index, copy=False))
 
     def count_attempts(self, unit: Unit) -> int:
         """Count the attempts at a unit, the one in work included."""
@@ -92,11 +100,16 @@ class History:
         return self.units.loc[key, column]
 
 
-def _drop_busy(table: pd.DataFrame) -> pd.DataFrame:
-    """Leave out attempts that found another run at work. That run logs the unit."""
+def take_rows(column: pd.Series, rows: NDArray[np.intp]) -> Any:
+    """Return the values of a column at these positions. Those at -1 are missing."""
+    return column.reset_index(drop=True).reindex(rows).array
+
+
+def _find_busy(table: pd.DataFrame) -> NDArray[np.bool_]:
+    """Find attempts that found another run at work. That run logs the unit."""
     busy = table["state"] == "busy"
     if not busy.any():
-        return table
+        return busy.to_numpy()
     # A worker logs one unit at a time: its event before a busy end is the start of the attempt.
     begun = busy.groupby(table["worker"], observed=True).shift(-1, fill_value=False)
-    return table[~busy & ~begun]
+    return (busy | begun).to_numpy(dtype=bool)

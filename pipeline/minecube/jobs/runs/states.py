@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from minecube import cube
@@ -15,9 +17,11 @@ from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.jobs.build import choose_scenes, hash_listed_inputs
 from minecube.jobs.runs.inputs import Inputs
-from minecube.jobs.scene_lists import is_early, load_or_search, path_of_list
-from minecube.places import Place
+from minecube.jobs.scene_lists import is_early, load_or_search, name_list, path_of_list
+from minecube.places import Place, time_of_file
 from minecube.scenes import SearchResult, has_images
+
+_GRIDS = 1024  # commits come site by site
 
 
 class StaleCheck:
@@ -34,7 +38,8 @@ class StaleCheck:
         self._version = metadata.version("minecube")
         self._recipe = untitled(as_dict(inputs.job.recipe))
         self._known_recipe: object = None  # most commits share one object
-        self._grids: dict[str, tuple[Any, ...]] = {}
+        self._grid_of = functools.lru_cache(_GRIDS)(self._compute_grid)
+        self._read_years = functools.cache(self._list_read_years)
 
     def explain(self, commit: Commit) -> str:
         """Say why a site-year is stale; empty if it is current.
@@ -65,10 +70,11 @@ class StaleCheck:
             return f"the scene list of {format_years(changed)} has changed"
         return ""
 
-    def _grid_of(self, site: str) -> tuple[Any, ...]:
-        if site not in self._grids:
-            self._grids[site] = grid_key(describe_grid(grid_of(self._inputs.sites[site])))
-        return self._grids[site]
+    def _compute_grid(self, site: str) -> tuple[Any, ...]:
+        return grid_key(describe_grid(grid_of(self._inputs.sites[site])))
+
+    def _list_read_years(self, year: int) -> list[int]:
+        return list_read_years(self._inputs.job.recipe, [year])
 
     def _list_changed_lists(self, commit: Commit) -> list[int]:
         """List the years whose scene lists are newer than a commit that has read them."""
@@ -77,13 +83,20 @@ class StaleCheck:
         committed = datetime.fromisoformat(commit.committed).timestamp()
         return [
             year
-            for year in list_read_years(self._inputs.job.recipe, [commit.year])
+            for year in self._read_years(commit.year)
             if (commit.site, year) in self._searched
-            or self._changed_after(list_path(self._inputs, commit.site, year), committed)
+            or self._changed_after(commit.site, year, committed)
         ]
 
-    def _changed_after(self, place: Place, time: float) -> bool:
-        changed = self._inputs.lookup.time_of_change(place)
+    def _changed_after(self, site: str, year: int, time: float) -> bool:
+        """Whether a scene list was saved after a time."""
+        job = self._inputs.job
+        name = name_list(site, year, job.sources)
+        if isinstance(job.snapshots, Path):
+            # A list is looked up per site-year, and a `Path` takes four times as long as a string.
+            changed = time_of_file(f"{job.snapshots}/{name}")
+        else:
+            changed = self._inputs.lookup.time_of_change(job.snapshots / name)
         return changed is not None and changed > time
 
     def _find(
