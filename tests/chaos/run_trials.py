@@ -267,15 +267,15 @@ class Trial:
         table = self.place.read_events()
         # An attempt that finds the work of another run reads nothing.
         builds = table[(table["step"] == "build") & (table["bytes"] > 0)]
-        counts = builds[builds["state"] != "failed"].groupby(["site", "year"]).size()
+        counts = builds[builds["state"] != "failed"].groupby(["site", "year"], observed=True).size()
         return [str(name) for name in counts.index[counts > 1]]
 
     def count_repeated(self) -> int:
         """Count attempts beyond the first of each unit that did not follow a failure."""
         table = self.place.read_events()
         keys = ["step", "site", "year"]
-        starts = table[table["event"] == "start"].groupby(keys).size()
-        failed = table[table["state"] == "failed"].groupby(keys).size()
+        starts = table[table["event"] == "start"].groupby(keys, observed=True).size()
+        failed = table[table["state"] == "failed"].groupby(keys, observed=True).size()
         return int((starts - 1 - failed.reindex(starts.index).fillna(0)).clip(lower=0).sum())
 
     def check_repeats(self) -> None:
