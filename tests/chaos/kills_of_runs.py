@@ -12,7 +12,8 @@ Each trial disturbs runs of one tiny dataset of two sites and two years, until i
     dask-worker SIGKILL of a Dask worker; its nanny starts another one
     disk        a full disk below the store; needs root for a small tmpfs
     store       an S3 server that stops answering for some seconds
-    clock       SIGKILL of `minecube run`; each run has another wrong wall clock, by up to two days
+    clock       SIGKILL of `minecube run`; each run has another wrong wall clock, by up to two days;
+                needs Debian's package libfaketime
     two         two runs at once on one dataset; one of them is killed
 
 After each disturbance, every committed site-year and map equals that of the undisturbed run. At the
@@ -114,7 +115,8 @@ class Campaign:
         world = root / "world"
         world.mkdir()
         make_run_world(world)
-        return cls(root, world, run_undisturbed(root / "undisturbed", world), bucket)
+        options = () if "machine" in kinds else FEW_STEPS  # as in `try_kind`
+        return cls(root, world, run_undisturbed(root / "undisturbed", world, options), bucket)
 
     def try_kind(self, kind: str, number: int, rng: random.Random) -> tuple[int, list[str]]:
         """Run a trial. Returns the number of disturbances, and the problems."""

@@ -171,10 +171,10 @@ class Undisturbed:
     units: int
 
 
-def run_undisturbed(folder: Path, world: Path) -> Undisturbed:
+def run_undisturbed(folder: Path, world: Path, options: tuple[str, ...] = ()) -> Undisturbed:
     """Run the dataset once. Raises AssertionError if the run fails."""
     place = Place.make(folder, world)
-    run = place.start()
+    run = place.start(*options)
     assert run.end() == 0, run.output.read_text()
     units = place.count_events() // 2
     return Undisturbed(place.hash_pixels(), place.hash_results(), units)
