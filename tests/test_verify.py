@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,18 @@ def test_an_object_too_many(store, path, year):
         path.removeprefix("pit/"),
     )
     assert finding.year == year
+
+
+def test_a_temporary_file_of_a_killed_writer_is_no_finding(store, tmp_path):
+    """Zarr writes each object to a file of this name, and renames it."""
+    draft = "pit/zarr.11fc8e0dab234fd3b3b2efaacd1540c2.partial"
+    shutil.copy(store / "pit/zarr.json", store / draft)
+    assert found(store) == ()
+    packed = tmp_path / "cubes.zip"
+    cube.pack(cube.Store(store), packed)
+    with zipfile.ZipFile(packed) as archive:
+        assert "pit/zarr.json" in archive.namelist()
+        assert draft not in archive.namelist()
 
 
 def test_the_command_line_says_what_to_build_and_makes_it_possible(store, tmp_path):

@@ -8,14 +8,14 @@ from typing import Any
 
 import obstore.exceptions
 
-from minecube.cube.store import DESCRIPTION, Store
+from minecube.cube.store import DESCRIPTION, DRAFT, Store
 from minecube.errors import CubeError
 
 
 def list_files(store: Store) -> dict[str, dict[str, int]]:
     """Map each site to its objects (key relative to its group -> bytes).
 
-    Sites that Zarr cannot read are listed, too.
+    Sites that Zarr cannot read are listed, too. Temporary files of writers are left out.
 
     Raises:
         CubeError: there is no store, it cannot be listed, or it contains nothing of minecube.
@@ -31,6 +31,8 @@ def list_files(store: Store) -> dict[str, dict[str, int]]:
         raw = store.open_objects()
         for batch in raw.list():
             for entry in batch:
+                if entry["path"].endswith(DRAFT):
+                    continue
                 name, _, path = entry["path"].partition("/")
                 groups.setdefault(name, {})[path] = entry["size"]
     except (obstore.exceptions.BaseError, OSError, ValueError) as error:

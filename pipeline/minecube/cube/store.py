@@ -293,6 +293,10 @@ def _is_url(name: str) -> bool:
     return True
 
 
+DRAFT = ".partial"
+"""End of the names of Zarr's temporary files. A killed writer leaves them."""
+
+
 class FolderStore(zarr.storage.LocalStore):  # type: ignore[misc]
     """Zarr's folder store, without the temporary files of other writers.
 
@@ -302,7 +306,7 @@ class FolderStore(zarr.storage.LocalStore):  # type: ignore[misc]
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         """List the names below a prefix."""
         async for name in super().list_dir(prefix):
-            if not name.endswith(".partial"):
+            if not name.endswith(DRAFT):
                 yield name
 
 
