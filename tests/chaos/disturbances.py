@@ -107,7 +107,7 @@ def kill_with_wrong_clocks(trial: Trial, rng: random.Random) -> int:
         environment = {
             **os.environ,
             "LD_PRELOAD": str(_CLOCK),
-            "FAKETIME": f"{offset_s:.0f}",
+            "FAKETIME": f"{offset_s:+.0f}",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
             "NO_FAKE_STAT": "1",  # files keep the time of the disk
         }
@@ -123,7 +123,8 @@ def kill_with_wrong_clocks(trial: Trial, rng: random.Random) -> int:
         kills += process.poll() is None
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if process.wait() not in (0, -signal.SIGKILL):
+            trial.problems.append((trial.place.folder / "clock.log").read_text()[-1500:])
         trial.redoable += WORKERS
         trial.check_pixels()
     return kills
