@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from run_trials import WORKERS, Run, Trial
 
@@ -34,19 +36,21 @@ def kill_workers(trial: Trial, rng: random.Random) -> int:
 
 
 def _kill_workers_of(trial: Trial, run: Run, rng: random.Random) -> int:
-    kills = 0
-    # A unit whose workers die three times has failed, so kills are three events apart.
+    kills: Counter[tuple[Any, ...]] = Counter()
     for count in sorted(rng.sample(range(1, 2 * trial.units, 3), 6)):
         if not trial.place.wait_for_events(count, run):
             break
         time.sleep(rng.uniform(0, 0.1))
-        pids = trial.place.list_in_hand()
+        in_hand = trial.place.find_in_hand()
+        # A unit whose workers die three times has failed.
+        pids = [pid for pid, unit in in_hand.items() if kills[unit] < 2]
         if pids:
-            kill(rng.choice(pids))
-            kills += 1
+            pid = rng.choice(pids)
+            kill(pid)
+            kills[in_hand[pid]] += 1
             trial.redoable += 1
     trial.check_pixels()
-    return kills
+    return kills.total()
 
 
 def kill_drivers(trial: Trial, rng: random.Random) -> int:
@@ -68,7 +72,7 @@ def _kill_runs(trial: Trial, rng: random.Random, *, with_workers: bool) -> int:
             trial.expect_end(run, 0)
             break
         time.sleep(rng.uniform(0, 0.2))
-        pids = trial.place.list_in_hand()
+        pids = list(trial.place.find_in_hand())
         kill(run.pid)
         if with_workers:
             for pid in pids:

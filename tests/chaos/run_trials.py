@@ -111,15 +111,16 @@ class Place:
         table = self.read_events()
         return 0 if table is None else len(table)
 
-    def list_in_hand(self) -> list[int]:
-        """List the processes of workers that have started a unit and not ended it."""
+    def find_in_hand(self) -> dict[int, tuple[Any, ...]]:
+        """Map the processes of workers that have started a unit and not ended it to the unit."""
         table = self.read_events()
         if table is None or table.empty:
-            return []
+            return {}
         last = table.drop_duplicates("worker", keep="last")
-        names = last.loc[last["event"] == "start", "worker"]
-        pids = [int(name.rsplit("-", 2)[1]) for name in names]
-        return [pid for pid in pids if is_running(pid)]
+        begun = last[last["event"] == "start"]
+        units = begun[["step", "site", "year"]].itertuples(index=False, name=None)
+        pids = [int(name.rsplit("-", 2)[1]) for name in begun["worker"]]
+        return {pid: unit for pid, unit in zip(pids, units, strict=True) if is_running(pid)}
 
     def wait_for_events(self, count: int, *runs: Run) -> bool:
         """Wait until there are this many events. Returns False if all runs end before."""
