@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
-import orjson
+import msgspec
 import shapely
 import yaml
 
@@ -114,7 +114,7 @@ def describe_marker(year: int) -> dict[str, Any]:
 
 def _write_markers(store: Path, names: list[str], years: tuple[int, ...]) -> None:
     for year in years:
-        content = orjson.dumps({"attributes": describe_marker(year)})
+        content = msgspec.json.encode({"attributes": describe_marker(year)})
         for number, site in enumerate(names):
             folder = f"{store}/{marker_path(site, year)}"
             os.makedirs(folder)  # noqa: PTH103  called for each site-year
@@ -142,7 +142,9 @@ def _write_events(store: Path, names: list[str], years: tuple[int, ...]) -> None
                     unit = {"step": step, "site": site, "year": year, "worker": name, **common}
                     start = {"event": "start", **unit, "time": "2026-01-01T00:00:00.000+00:00"}
                     last = {"event": "end", **unit, **end, "time": "2026-01-01T00:01:00.000+00:00"}
-                    file.write(b"\n" + orjson.dumps(start) + b"\n" + orjson.dumps(last))
+                    file.write(
+                        b"\n" + msgspec.json.encode(start) + b"\n" + msgspec.json.encode(last)
+                    )
 
 
 def open_simulated(folder: Path) -> cube.Store:

@@ -5,6 +5,7 @@ A marker is read as plain JSON, without Zarr.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,9 +15,9 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-import orjson
+import msgspec
 
-from minecube.cube.markers import PLACING, completeness_of, marker_path
+from minecube.cube.markers import completeness_of, marker_path
 from minecube.cube.store import Store
 from minecube.errors import CubeError
 
@@ -55,6 +56,32 @@ class Commit:
         """Number of pixels of the grid."""
         height, width = self.grid[2]
         return int(height * width)
+
+
+class _Attributes(msgspec.Struct):
+    """The attributes of a marker that a `Commit` needs.
+
+    The parser skips all others, such as scenes: this takes a third of the time.
+    """
+
+    placing: Any = None
+    build_id: str | None = None
+    sha256: str = ""
+    committed: str = ""
+    version: str = ""
+    recipe: dict[str, Any] = {}
+    grid: dict[str, Any] = {}
+    reads: dict[str, Any] = {}
+    offset_conflicts: Any = None
+    on_offset_conflict: str | None = None
+    inputs: str | None = None
+
+
+class _Marker(msgspec.Struct):
+    attributes: _Attributes
+
+
+_DECODER = msgspec.json.Decoder(_Marker)
 
 
 def grid_key(description: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -147,30 +174,33 @@ def _parse(
     `shared` holds each recipe and grid once, since most site-years share them.
     """
     try:
-        marker = orjson.loads(content)["attributes"]
-        if PLACING in marker or "build_id" not in marker:
+        content.decode()  # the parser does not look into the text that it skips
+        marker = _DECODER.decode(content).attributes
+        if marker.placing is not None or marker.build_id is None:
             return None
-        recipe = marker["recipe"]
+        if not (marker.committed and marker.version):
+            raise ValueError("expected `committed` and `version`")
+        recipe = marker.recipe
         known = shared.setdefault(recipe["id"], recipe)
         if known == recipe:
             recipe = known
-        grid = grid_key(marker["grid"])
-        has_conflict = bool(marker.get("offset_conflicts"))
+        grid = grid_key(marker.grid)
+        has_conflict = bool(marker.offset_conflicts)
         return Commit(
             site=site,
             year=year,
-            build=marker["build_id"],
-            sha256=marker.get("sha256", ""),
-            committed=marker["committed"],
-            version=sys.intern(marker["version"]),
+            build=marker.build_id,
+            sha256=marker.sha256,
+            committed=marker.committed,
+            version=sys.intern(marker.version),
             recipe=recipe,
             grid=shared.setdefault(grid, grid),
-            lost=int(marker.get("reads", {}).get("lost", 0)),
-            completeness=completeness_of(marker),
-            offset_rule=marker["on_offset_conflict"] if has_conflict else None,
-            inputs=marker.get("inputs") or "",
+            lost=int(marker.reads.get("lost", 0)),
+            completeness=completeness_of({"reads": marker.reads}),
+            offset_rule=marker.on_offset_conflict if has_conflict else None,
+            inputs=marker.inputs or "",
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
         raise CubeError(
             f"{store}: the marker of {site} {year} is damaged ({type(error).__name__}: {error}); "
             "run `minecube verify`"
@@ -218,6 +248,6 @@ def read_seal(store: Store, path: str) -> str:
             content = (store.path / key).read_bytes()
         else:
             content = bytes(store.open_objects().get(key).bytes())
-        return str(orjson.loads(content)["attributes"].get("sha256", ""))
+        return str(json.loads(content)["attributes"].get("sha256", ""))
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return ""

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
-import orjson
+import msgspec
 
 from minecube.cube.events import RUNS
 from minecube.cube.store import Store
@@ -50,7 +51,7 @@ def note_finished(
     note = {"inputs": inputs, "outputs": outputs, "time": datetime.now(tz=UTC).isoformat()}
     if content is not None:
         note["content"] = content
-    text = orjson.dumps(note, option=orjson.OPT_SERIALIZE_NUMPY)
+    text = msgspec.json.encode(note, enc_hook=methodcaller("tolist"))  # numbers of numpy
     with store.writing():
         if store.path is None:
             store.client().put(_key(step, name), text)
@@ -93,8 +94,8 @@ def read_finished(store: Store, step: str, name: str) -> dict[str, Any]:
             content = bytes(store.client().get(_key(step, name)).bytes())
         else:
             content = (store.path / _key(step, name)).read_bytes()
-        note = orjson.loads(content)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        note = msgspec.json.decode(content)
+    except (FileNotFoundError, NotADirectoryError, ValueError, msgspec.DecodeError):
         return {}
     is_whole = isinstance(note, dict) and note.keys() >= {"inputs", "outputs"}
     return note if is_whole and note["inputs"] else {}

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
-import orjson
+import msgspec
 import requests
 
 from minecube.catalog import Dataset
@@ -148,7 +148,7 @@ def _describe_failure(unit: Unit, result: Result) -> dict[str, Any]:
 
 def send(settings: Notification, message: Mapping[str, Any]) -> None:
     """Send a message to the command and to the webhook. A failure is logged as a warning."""
-    content = orjson.dumps(message)
+    content = msgspec.json.encode(message)
     event = message["event"]
     if settings.command is not None:
         _run_command(settings.command, content, event)
