@@ -243,11 +243,24 @@ def test_status_of_an_object_store(bucket, tmp_path):
     assert isinstance(read_events(store).table, pd.DataFrame)
 
 
-def test_a_damaged_marker_is_listed_and_hides_no_other_site_year(dataset):
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"}", b""),
+        (b'"attributes"', b'"attribute"'),
+        (b'"committed"', b'"comitted"'),
+        (b'"recipe": {', b'"recipe": 5, "x": {'),
+        (b'"title": "', b'"title": "\xff'),  # text that is not used, and is no UTF-8
+    ],
+)
+def test_a_damaged_marker_is_listed_and_hides_no_other_site_year(dataset, old, new):
     path, store, (pit, pond) = dataset
     commit(store, pit, 2019)
     commit(store, pond, 2019)
-    (store.path / "pit" / "builds" / "2019" / "zarr.json").write_text("{")
+    marker = store.path / "pit" / "builds" / "2019" / "zarr.json"
+    content = marker.read_bytes()
+    assert old in content
+    marker.write_bytes(content.replace(old, new))
     status = read_status(load_dataset(path))
     assert states_of(status)["pit 2019"] == "failed"
     assert "the marker of pit 2019 is damaged" in status.site_years.loc[("pit", 2019), "why"]
