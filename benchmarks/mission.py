@@ -19,6 +19,7 @@ import io
 import json
 import os
 import platform
+import resource
 import shlex
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import dask.array as da
 import geopandas as gpd
@@ -85,30 +87,42 @@ def main() -> None:
         "--years", type=int, default=len(YEARS), help=f"number of years ({len(YEARS)})"
     )
     options = parser.parse_args()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(machine, flush=True)
-    years = YEARS[: options.years]
-    seconds = {}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        make_inputs(out, options.sites, years)
-        for name, arguments in list_steps(out, options.sites, years).items():
-            seconds[name] = time_step(name, arguments, out)
-            print(f"{name:16} {seconds[name]:7.1f} s", flush=True)
-    timed = {name: s for name, s in seconds.items() if name not in PIXEL_STEPS}
-    slowest = max(timed, key=lambda name: timed[name])
-    print(f"slowest: {slowest}, {timed[slowest]:.1f} s")
-    figures = {
-        "machine": machine,
-        "sites": options.sites,
-        "years": len(years),
-        "seconds": seconds,
-        "slowest_step": slowest,
-        "slowest_step_s": timed[slowest],
-    }
+    figures = measure_mission(options.sites, options.years)
+    print(f"slowest: {figures['slowest_step']}, {figures['slowest_step_s']:.1f} s")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_mission(site_count: int, year_count: int) -> dict[str, Any]:
+    """Time each command. Returns seconds and CPU seconds of each, and the slowest."""
+    years = YEARS[:year_count]
+    seconds: dict[str, float] = {}
+    cpu_seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        make_inputs(out, site_count, years)
+        for name, arguments in list_steps(out, site_count, years).items():
+            cpu_before = _children_cpu_s()
+            seconds[name] = time_step(name, arguments, out)
+            cpu_seconds[name] = _children_cpu_s() - cpu_before
+            print(f"{name:20} {seconds[name]:7.1f} s, CPU {cpu_seconds[name]:7.1f} s", flush=True)
+    timed = {name: s for name, s in seconds.items() if name not in PIXEL_STEPS}
+    slowest = max(timed, key=lambda name: timed[name])
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "sites": site_count,
+        "years": len(years),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "slowest_step": slowest,
+        "slowest_step_s": timed[slowest],
+    }
+
+
+def _children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 # Inputs

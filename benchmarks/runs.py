@@ -21,7 +21,9 @@ status_1330, status_450000
                and event logs
 kills          kills, kills_identical: random SIGKILLs, full disks and lost stores, and after how
                many of them a later run made the same results (tests/chaos/kills_of_runs.py)
-reads          mixed_reads: reads of a year during its rebuild that saw a mixture
+reads          mixed_reads: reads during updates that saw a mixture of two builds (mixed_reads.py)
+mission        slowest_step, slowest_step_s: the command that takes longest on 133 sites and 10 years
+               of tiny grids, of those that neither composite nor map (mission.py)
 
 The sites of `rerun` are squares of 48 pixels next to each other, over one simulated archive of two
 years. Such sites have few pixels, so most of a run's time is overhead. CPU times are those of the
@@ -45,6 +47,8 @@ from pathlib import Path
 from typing import Any
 
 import geopandas as gpd
+import mission
+import mixed_reads
 import run_dagster
 import run_engines
 import run_status
@@ -138,23 +142,25 @@ def _measure_status_450000(_: argparse.Namespace) -> Figures:
 
 
 def _measure_kills(options: argparse.Namespace) -> Figures:
-    tally = _run_campaign("kills_of_runs.py", "--kills", str(options.kills))
+    campaign = Path(__file__).parents[1] / "tests" / "chaos" / "kills_of_runs.py"
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "tally.json"
+        words = ["--kills", str(options.kills), "--json", str(out)]
+        # It exits with 1 if it has found problems, and they are in its tally.
+        subprocess.run([sys.executable, str(campaign), *words], check=False)
+        tally = json.loads(out.read_text())
     return {name: tally[name] for name in ("kills", "kills_identical")}
 
 
 def _measure_reads(options: argparse.Namespace) -> Figures:
-    words = ["--pairs", "0", "--where", "folder", "--reads", str(options.reads)]
-    return {"mixed_reads": _run_campaign("campaign.py", *words)["mixed_reads"]}
-
-
-def _run_campaign(script: str, *words: str) -> dict[str, Any]:
-    """Run a script of tests/chaos. Returns its tally, also if it has found problems."""
-    path = Path(__file__).parents[1] / "tests" / "chaos" / script
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "tally.json"
-        subprocess.run([sys.executable, str(path), *words, "--json", str(out)], check=False)
-        tally: dict[str, Any] = json.loads(out.read_text())
-    return tally
+        counts = mixed_reads.count_mixed_reads(Path(folder), options.reads)
+    return {"mixed_reads": counts["mixed_reads"]}
+
+
+def _measure_mission(options: argparse.Namespace) -> Figures:
+    figures = mission.measure_mission(options.sites, len(mission.YEARS))
+    return {name: figures[name] for name in ("slowest_step", "slowest_step_s")}
 
 
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
@@ -168,6 +174,7 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
     "status_450000": _measure_status_450000,
     "kills": _measure_kills,
     "reads": _measure_reads,
+    "mission": _measure_mission,
 }
 
 
