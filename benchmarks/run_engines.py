@@ -234,7 +234,7 @@ def build_alone(folder: str, store: str) -> None:
     with suppress(FileExistsError):
         load_or_save(site, 2020, inputs.job.sources, inputs.job.snapshots)
     from minecube.grid import grid_of
-    from minecube.jobs.runs.engines import count_cores
+    from minecube.jobs.processes import count_cores
 
     start = time.perf_counter()
     cube.create_site(inputs.store, site, grid_of(site), dataset.years, inputs.job.recipe)

@@ -12,7 +12,8 @@ from minecube.catalog import load_clusters, load_dataset, load_sources
 from minecube.catalog.scene_source import Access
 from minecube.cli.run import change_engine
 from minecube.errors import CatalogError
-from minecube.jobs.runs.engines import count_cores, share_requests
+from minecube.jobs.processes import count_cores
+from minecube.jobs.runs.engines import share_requests
 from minecube.jobs.runs.inputs import choose_cluster
 from minecube.jobs.runs.steps import Limits, share_searches
 from minecube.reader.remote import limit_connections, remote_for

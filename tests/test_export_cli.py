@@ -17,9 +17,11 @@ import rasterio
 import xarray as xr
 import zarr
 
-from known_stores import export_every_format, files_of, make_labelled_store, run
+from known_scenes import site_of
+from known_stores import build, export_every_format, files_of, make_labelled_store, run
 from minecube import cube
-from minecube.jobs.export import FORMATS
+from minecube.errors import CubeError
+from minecube.jobs.export import FORMATS, ExportOptions, export_sites
 from minecube.jobs.label import format_origin
 
 
@@ -43,6 +45,40 @@ def mapped(made, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(made, tmp_path_factory):
     return export_every_format(made, tmp_path_factory.mktemp("out") / "export")
+
+
+@pytest.fixture(scope="module")
+def four_sites(tmp_path_factory):
+    """A store of four sites with one year."""
+    path = tmp_path_factory.mktemp("four") / "cubes.zarr"
+    for number in range(4):
+        site = site_of(f"pit_{number}", 360000 + 2000 * number, 5600040, 60, 60)
+        build(str(path), site, 2020, seed=number)
+    return path
+
+
+def export_with(store, folder, workers):
+    names = []
+    options = ExportOptions(formats=("cog", "netcdf"))
+    sites = cube.list_sites(cube.Store(store))
+    images, _ = export_sites(cube.Store(store), sites, folder, options, names.append, workers)
+    assert list(dict.fromkeys(path.relative_to(folder).parts[0] for path in images)) == sites
+    assert names == sites
+    return files_of(folder)
+
+
+def test_several_processes_write_the_same_bytes(four_sites, tmp_path):
+    one = export_with(four_sites, tmp_path / "one", 1)
+    assert len(one) == 4 * 4 + 2  # two images, NetCDF and picture; collection and items
+    assert export_with(four_sites, tmp_path / "three", 3) == one
+
+
+def test_a_failure_in_a_process_ends_the_export(four_sites, tmp_path):
+    store = shutil.copytree(four_sites, tmp_path / "cubes.zarr")
+    shard = next(path for path in (store / "pit_2/reflectance/c").rglob("*") if path.is_file())
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(CubeError, match="pit_2"):
+        export_with(store, tmp_path / "out", 2)
 
 
 def test_every_format_holds_the_committed_years(exported, made):

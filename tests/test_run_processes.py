@@ -20,7 +20,7 @@ import pytest
 from known_runs import start_fork_server, write_dataset
 from minecube.cube import Store
 from minecube.cube.events import read_events
-from minecube.jobs.runs.processes import Processes
+from minecube.jobs.processes import Processes
 
 
 @pytest.fixture

@@ -10,7 +10,10 @@ from minecube.cli.bars import progress_bar
 from minecube.cli.options import StoreSites, collect_options, sites_option, store_option
 from minecube.cli.parameters import FiniteRange, OutFolder
 from minecube.jobs.export import FORMATS, ExportOptions, export_sites
+from minecube.jobs.processes import count_cores
 from minecube.places import Place, outgoing
+
+_SITES_PER_WORKER = 4  # fewer do not pay for the start of a process
 
 
 @click.command()
@@ -65,7 +68,8 @@ def export(sites: StoreSites, options: ExportOptions, out: Place) -> None:
     if options.model is not None:
         options = replace(options, model=sites.prediction(names, options.model))
     with outgoing(out) as folder, progress_bar("exporting", len(names), "sites") as bar:
-        images, files = export_sites(sites.store, names, folder, options, bar.advance)
+        workers = max(min(count_cores(), len(names) // _SITES_PER_WORKER), 1)
+        images, files = export_sites(sites.store, names, folder, options, bar.advance, workers)
     if images:
         click.echo(f"{out}: {len(images)} images; open {out}/collection.json")
     for path in files:

@@ -21,7 +21,8 @@ MinecubeError. Long jobs take a `progress` callback.
 
     selection.py    choose sites              scene_lists.py  search or load lists of scenes
     catalogs.py     entries of catalogues     copies.py       replace scenes with missing files
-    workers.py      tasks on a Dask cluster   memory.py       keep freed memory
+    workers.py      tasks on a Dask cluster   processes.py    tasks in processes of this machine
+    memory.py       keep freed memory
     failures.py     explain errors            repair.py       commands that mend a store
     tables.py       text tables and files     score_tables.py tables and pictures of scores
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ from odc.geo.geobox import GeoBox
 
 from minecube import cube, export, labels, report, tracks
 from minecube.codes import UNKNOWN
+from minecube.errors import WorkerError
+from minecube.jobs.processes import end_unguarded_import, open_processes
 
 FORMATS = ("cog", "netcdf", "zarr", "zarr2", "croissant")
 LABELS = "labels"
@@ -57,6 +60,17 @@ class _Exported:
     commits: list[datetime] = field(default_factory=list)
     """Times of all commits."""
 
+    def add(self, part: _Exported) -> None:
+        """Add the files and tables of one more site."""
+        self.images += part.images
+        self.cubes |= part.cubes
+        self.credits |= part.credits
+        self.commits += part.commits
+        for kind, outlines in part.outlines.items():
+            self.outlines.setdefault(kind, []).extend(outlines)
+        for kind, areas in part.areas.items():
+            self.areas.setdefault(kind, {}).update(areas)
+
 
 def export_sites(
     store: cube.Store,
@@ -64,19 +78,23 @@ def export_sites(
     folder: Path,
     options: ExportOptions | None = None,
     progress: Callable[[str], None] = lambda _: None,
+    workers: int = 1,
 ) -> tuple[list[Path], list[Path]]:
     """Write sites in the given formats. The same store always gives the same bytes.
 
     Returns the paths of the images, and of all other formats. `progress` is called with the name of
-    each finished site.
+    each finished site. `workers` processes work on a site each. A script that asks for several
+    calls this function below `if __name__ == "__main__":`.
 
     Raises:
         CubeError: a site has no committed year, or a file cannot be written.
+        WorkerError: a process died, most often for lack of memory.
     """
     options = options or ExportOptions()
     exported = _Exported()
-    for site in sites:
-        _export_site(store, site, folder, options, exported)
+    parts = _export_each(store, sites, folder, options, workers)
+    for site, part in zip(sites, parts, strict=True):
+        exported.add(part)
         progress(site)
     changed = max(exported.commits)  # instead of the current time, for reproducible files
     tables = _write_outlines(exported, folder, changed)
@@ -106,10 +124,30 @@ def export_sites(
     return exported.images, files
 
 
-def _export_site(
-    store: cube.Store, site: str, folder: Path, options: ExportOptions, exported: _Exported
-) -> None:
-    """Write the files of one site, and add its files and tables to `exported`."""
+def _export_each(
+    store: cube.Store, sites: Sequence[str], folder: Path, options: ExportOptions, workers: int
+) -> Iterator[_Exported]:
+    """Export each site. Yields their files and tables in order."""
+    if workers < 2:
+        for site in sites:
+            yield _export_site(store, site, folder, options)
+        return
+    end_unguarded_import()
+    with open_processes(workers, __name__) as processes:
+        tasks = [processes.submit(_export_site, store, site, folder, options) for site in sites]
+        for site, task in zip(sites, tasks, strict=True):
+            try:
+                yield task.result()
+            except BrokenProcessPool as error:
+                raise WorkerError(
+                    f"{site}: its process died, most often for lack of memory; export fewer sites "
+                    "at a time"
+                ) from error
+
+
+def _export_site(store: cube.Store, site: str, folder: Path, options: ExportOptions) -> _Exported:
+    """Write the files of one site. Returns its files and tables."""
+    exported = _Exported()
     builds = cube.read_markers(store, site)
     exported.commits += [datetime.fromisoformat(build["committed"]) for build in builds.values()]
     dataset = cube.open_committed(store, site).load().assign_attrs(builds=builds)
@@ -128,7 +166,7 @@ def _export_site(
             path = folder / site / f"{site}{suffix}"
             exported.cubes[f"{site}_{name}"] = write(dataset, grid, path, site)
     if "cog" not in options.formats:
-        return
+        return exported
     exported.images += export.write_cogs(dataset, grid, folder / site, site)
     areas = {}
     for kind, footprint in footprints.items():
@@ -140,6 +178,7 @@ def _export_site(
     if areas:
         shown, truth = _choose_areas(areas)
         report.draw_areas(shown, folder / site / f"{site}_areas.png", site, truth)
+    return exported
 
 
 def _write_outlines(exported: _Exported, folder: Path, changed: datetime) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from minecube.catalog import Dataset, format_years
 from minecube.errors import CatalogError, CubeError, UnguardedScriptError, WorkerError
 from minecube.grid import grid_of
 from minecube.jobs.failures import describe_failure
+from minecube.jobs.processes import end_unguarded_import
 from minecube.jobs.runs.engines import Engine, interrupted_by_sigterm, open_engine
 from minecube.jobs.runs.finished import note_finished, read_finished
 from minecube.jobs.runs.inputs import (
@@ -28,7 +29,6 @@ from minecube.jobs.runs.joins import join_results
 from minecube.jobs.runs.lookups import READERS
 from minecube.jobs.runs.notify import notifying
 from minecube.jobs.runs.plan import Barrier, Plan
-from minecube.jobs.runs.processes import end_unguarded_import
 from minecube.jobs.runs.steps import Limits
 from minecube.jobs.runs.summary import Progress, RunOptions, Summary
 from minecube.jobs.runs.units import Unit, list_steps

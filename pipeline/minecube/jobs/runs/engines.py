@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from multiprocessing.connection import wait
-from pathlib import Path
 from typing import Protocol
 
 from minecube.catalog import Cluster, Dataset
+from minecube.jobs.processes import Processes, count_cores, make_processes
 from minecube.jobs.runs.inputs import choose_cluster
-from minecube.jobs.runs.processes import Processes
 from minecube.jobs.runs.steps import Limits
 from minecube.jobs.runs.units import Unit
 from minecube.jobs.runs.worker import Result, run_unit
@@ -47,23 +41,6 @@ class Engine(Protocol):
 
     def stop(self) -> None:
         """Stop at once. Units in work are lost."""
-
-
-_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-"""CPU time of this container in microseconds, and the period it is for: `200000 100000`."""
-
-
-def count_cores(limit: Path = _CPU_LIMIT) -> int:
-    """Count the cores that this process may use: by its affinity and its container's limit."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    if not limit.exists():  # no Linux, or no container
-        return cores
-    quota, period = limit.read_text().split()
-    if quota == "max":
-        return cores
-    return max(min(cores, int(quota) // int(period)), 1)
 
 
 def share_requests(limits: Limits, cluster: Cluster, workers: int) -> Limits:
@@ -94,22 +71,6 @@ def interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def _start_worker(temporary: str | None) -> None:
-    """Prepare a worker process: it leaves Ctrl-C to its parent, and ends with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
-    if temporary is not None:
-        os.environ["TMPDIR"] = temporary
-        tempfile.tempdir = None  # looks up TMPDIR again
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # None in the first process only
-        wait([parent.sentinel])
-        os._exit(1)
-
-
 @dataclass
 class Local:
     """Processes on this machine. A dead process is replaced, and its unit starts again."""
@@ -123,12 +84,7 @@ class Local:
     def __post_init__(self) -> None:
         self.workers = self.dataset.workers or self.cluster.workers or count_cores()
         self.threads = self.cluster.threads or max(count_cores() // self.workers, 1)
-        # A server that has imported this module starts workers in milliseconds. It has no threads,
-        # so its forks are safe.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        initializer = partial(_start_worker, self.cluster.temporary)
-        self._processes = Processes(self.workers, context, initializer)
+        self._processes = make_processes(self.workers, __name__, self.cluster.temporary)
 
     def submit(self, unit: Unit, limits: Limits, attempt: int) -> Future[Result]:
         """Hand a unit to a process."""

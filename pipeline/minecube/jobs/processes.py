@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
 from minecube.errors import UnguardedScriptError
@@ -33,6 +38,23 @@ def end_unguarded_import() -> None:
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(_UNGUARDED)
+
+
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+"""CPU time of this container in microseconds, and the period it is for: `200000 100000`."""
+
+
+def count_cores(limit: Path = _CPU_LIMIT) -> int:
+    """Count the cores that this process may use: by its affinity and its container's limit."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    if not limit.exists():  # no Linux, or no container
+        return cores
+    quota, period = limit.read_text().split()
+    if quota == "max":
+        return cores
+    return max(min(cores, int(quota) // int(period)), 1)
 
 
 @dataclass
@@ -149,3 +171,40 @@ class Processes:
                     process.kill()
         for executor in executors:
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+def make_processes(count: int, module: str, temporary: str | None = None) -> Processes:
+    """Make up to `count` processes with a module imported, and with a folder for temporary files."""
+    # A server that has imported the module starts workers in milliseconds. It has no threads, so
+    # its forks are safe.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return Processes(count, context, partial(_start_worker, temporary))
+
+
+@contextmanager
+def open_processes(count: int, module: str) -> Iterator[Processes]:
+    """Open processes with a module imported. They end at the end, and at once after an error."""
+    processes = make_processes(count, module)
+    try:
+        yield processes
+    except BaseException:
+        processes.kill()
+        raise
+    processes.shutdown()
+
+
+def _start_worker(temporary: str | None) -> None:
+    """Prepare a worker process: it leaves Ctrl-C to its parent, and ends with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
+    if temporary is not None:
+        os.environ["TMPDIR"] = temporary
+        tempfile.tempdir = None  # looks up TMPDIR again
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # None in the first process only
+        wait([parent.sentinel])
+        os._exit(1)
