@@ -93,6 +93,20 @@ def test_what_vanishes_between_listing_and_reading_is_missing(
     assert inputs.lookup.time_of_change(list_path(inputs, "pit", 1999)) is None
 
 
+@pytest.mark.parametrize("sites_per_part", [1, 2, 1000])
+def test_a_bucket_listed_in_parts_is_whole(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, sites_per_part: int
+) -> None:
+    monkeypatch.setattr(lookups, "_SITES_PER_PART", sites_per_part)
+    sites = ["a", "a-1", "b", "c"]
+    folder = Url(bucket.removesuffix("/"))
+    names = [f"{site}_{year}_source.parquet" for site in sites for year in (2020, 2021)]
+    for name in names:
+        cube.Store(bucket).client().put(name, b"")
+    lookup = lookups.ListedLookup(sites)
+    assert all(lookup.time_of_change(folder / name) for name in names)
+
+
 def test_a_folder_listed_in_parts_is_whole(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookups, "_SITES_PER_PART", 1)
     sites = ["a", "a-1", "a_b", "b", "c", "é"]

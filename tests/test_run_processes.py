@@ -118,6 +118,21 @@ def test_a_script_without_a_guard_is_told_so(run_world: Path, tmp_path: Path) ->
     assert len(read_events(Store(tmp_path / "cubes.zarr")).table.query("event == 'end'")) == 4
 
 
+def test_a_script_on_standard_input_is_refused(run_world: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path, run_world)
+    script = f"""
+from pathlib import Path
+from minecube import catalog, jobs
+if __name__ == "__main__":
+    jobs.run(catalog.load_dataset(Path({str(dataset)!r})), jobs.RunOptions(only=("search",)))
+"""
+    words = [sys.executable, "/dev/stdin"]
+    ended = subprocess.run(words, input=script, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert "is no file, and each worker imports the script; save it to a file" in last
+
+
 def test_no_more_processes_than_asked_for_work_at_once(processes: Processes) -> None:
     pids = {processes.submit(pid_after, 0.05) for _ in range(10)}
     assert len({future.result(60) for future in pids}) <= 2

@@ -363,25 +363,34 @@ def test_a_damaged_marker_fails_its_site_and_no_other(copied: Path) -> None:
     assert summary.exit_code == 1
 
 
-def test_a_site_without_its_polygon_is_logged_once(
+def test_a_finished_site_whose_polygon_was_missing_for_a_while_is_done(
     copied: Path, run_world: Path, tmp_path: Path
 ) -> None:
-    """No worker gets its site-years, so the run itself logs why."""
+    """No event follows once the polygon is back, so the failure must not stay."""
     sites = gpd.read_file(run_world / "sites.geojson")
     sites.loc[sites["id"] == "pit", "geometry"] = None
     sites.to_file(tmp_path / "sites.geojson")
-    dataset = dataset_in(copied, run_world, sites=str(tmp_path / "sites.geojson"))
+    without = dataset_in(copied, run_world, sites=str(tmp_path / "sites.geojson"))
     reported: list[Unit] = []
-    for _ in range(2):
-        run(dataset, RunOptions(only=("build",)), lambda unit, *_: reported.append(unit))
-    failed = [("build", "pit", year) for year in YEARS]
-    assert [(unit.step, unit.site, unit.year) for unit in reported] == failed * 2
-    log = events_of(copied).query("state == 'failed'")
-    assert list(log[["step", "site", "year"]].itertuples(index=False, name=None)) == failed
-    status = read_status(dataset)
+    assert run(without, None, lambda unit, *_: reported.append(unit)).exit_code == 1
+    assert [unit for unit in reported if unit.year] == [Unit("build", "pit", y) for y in YEARS]
+    status = read_status(without)
     assert status.site_years["state"].loc["pit"].eq("failed").all()
-    assert status.site_years["why"].loc["pit", 2020] == log["message"].iloc[0]
-    assert status.site_years["state"].loc["pond"].eq("done").all()
+    assert status.site_years["why"].loc["pit"].str.contains("no area of interest").all()
+    dataset = dataset_in(copied, run_world)
+    assert run(dataset).exit_code == 0
+    status = read_status(dataset)
+    assert status.site_years["state"].eq("done").all()
+    assert status.site_years["why"].eq("").all()
+    assert status.steps.eq("done").all(axis=None)
+
+
+def test_the_state_is_shown_without_the_file_of_polygons(copied: Path, run_world: Path) -> None:
+    labels = {"file": str(copied / "gone.parquet")}
+    status = read_status(dataset_in(copied, run_world, labels=labels))
+    assert status.site_years["state"].eq("done").all()
+    assert list(status.steps["label"]) == ["stale", "stale"]
+    assert status.steps.drop(columns="label").eq("done").all(axis=None)
 
 
 def test_a_damaged_marker_of_another_year_fails_the_step_that_needs_it(

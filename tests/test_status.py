@@ -250,6 +250,10 @@ def test_status_of_an_object_store(bucket, tmp_path):
         (b'"attributes"', b'"attribute"'),
         (b'"committed"', b'"comitted"'),
         (b'"recipe": {', b'"recipe": 5, "x": {'),
+        (b'"shape": [', b'"shape": [1], "x": ['),
+        (b'"shape": [', b'"shape": ["a", "b"], "x": ['),
+        (b'"committed": "', b'"committed": "yesterday'),
+        (b'"attributes": {', b'"attributes": {"reads": {"lost": 1000000000000000000000000000000},'),
         (b'"title": "', b'"title": "\xff'),  # text that is not used, and is no UTF-8
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -174,7 +175,16 @@ class Processes:
 
 
 def make_processes(count: int, module: str, temporary: str | None = None) -> Processes:
-    """Make up to `count` processes with a module imported, and with a folder for temporary files."""
+    """Make up to `count` processes with a module imported, and with a folder for temporary files.
+
+    Raises UnguardedScriptError for a script on standard input.
+    """
+    main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)
+    if main.__spec__ is None and script is not None and not Path(script).is_file():
+        raise UnguardedScriptError(
+            f"{script} is no file, and each worker imports the script; save it to a file"
+        )
     # A server that has imported the module starts workers in milliseconds. It has no threads, so
     # its forks are safe.
     context = multiprocessing.get_context("forkserver")

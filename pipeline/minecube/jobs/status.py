@@ -275,8 +275,10 @@ class _Reader:
             tried = _choose_step(units, step)
             names = tried.index.get_level_values("site")
             column = pd.Series(states, index=sites, dtype=object)
-            column[column.index.isin(names[tried["state"] == "failed"])] = "failed"
-            column[column.index.isin(names[tried["interrupted"]])] = "interrupted"
+            # A failure for inputs that are mended by now has no later event.
+            is_open = column.ne("done") | (self.finished is None)
+            column[is_open & column.index.isin(names[tried["state"] == "failed"])] = "failed"
+            column[is_open & column.index.isin(names[tried["interrupted"]])] = "interrupted"
             column[column.index.isin(names[tried["running"]])] = "running"
             columns[step] = column
         return pd.DataFrame(columns, index=pd.Index(sites, name="site"))

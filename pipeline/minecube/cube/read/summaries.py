@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -23,6 +24,7 @@ from minecube.errors import CubeError
 
 _READERS = 32  # simultaneous requests to an object store
 _BATCH = 10_000
+_MOST_LOST = 10**9  # more are damage
 _PART_BYTES = 1 << 16  # more than most markers have
 
 
@@ -178,8 +180,13 @@ def _parse(
         marker = _DECODER.decode(content).attributes
         if marker.placing is not None or marker.build_id is None:
             return None
-        if not (marker.committed and marker.version):
-            raise ValueError("expected `committed` and `version`")
+        datetime.fromisoformat(marker.committed)  # raises ValueError
+        lost = int(marker.reads.get("lost", 0))
+        height, width = marker.grid["shape"]
+        if not (marker.version and height * width > 0 and 0 <= lost <= _MOST_LOST):
+            raise ValueError(
+                "expected a version, two sizes of the grid, and a number of lost reads"
+            )
         recipe = marker.recipe
         known = shared.setdefault(recipe["id"], recipe)
         if known == recipe:
@@ -195,7 +202,7 @@ def _parse(
             version=sys.intern(marker.version),
             recipe=recipe,
             grid=shared.setdefault(grid, grid),
-            lost=int(marker.reads.get("lost", 0)),
+            lost=lost,
             completeness=completeness_of({"reads": marker.reads}),
             offset_rule=marker.on_offset_conflict if has_conflict else None,
             inputs=marker.inputs or "",

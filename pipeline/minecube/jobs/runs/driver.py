@@ -91,7 +91,8 @@ def make_plan(dataset: Dataset, options: RunOptions) -> Plan:
     end_unguarded_import()
     forget_inputs()
     inputs = load_inputs(dataset).with_listings()
-    scenes.check_years(dataset.years)
+    with dataset.naming_line("years"):
+        scenes.check_years(dataset.years)
     check_inputs(inputs)
     steps = list_steps(dataset, options.only)
     sites = _choose_names(inputs, options.sites)
@@ -337,12 +338,17 @@ class _Driver:
         return self._log_end(work, result)
 
     def _log_failed(self) -> None:
-        """Log the units that failed in the plan, unless an earlier run has logged the same."""
+        """Log the units that failed in the plan, unless an earlier run has logged the same.
+
+        A site-year with a marker has failed for its inputs. Once these are mended, it is finished,
+        and no event would follow.
+        """
         plan = self._plan
         while plan.failed:
             unit = plan.failed.popleft()
             result = plan.summary.results[unit]
-            if not plan.history.has_failure(unit, result.message):
+            is_logged = plan.history.has_failure(unit, result.message)
+            if not (is_logged or plan.is_built(unit)):
                 self._log(unit, plan.history.count_attempts(unit) + 1, result)
             self._progress(unit, result, plan.count())
 

@@ -115,7 +115,10 @@ def load_inputs(dataset: Dataset) -> Inputs:
     if isinstance(catalog, Path) and not catalog.is_dir():
         with dataset.naming_line("catalog"):
             raise CatalogError(f"{catalog}: no such folder; expected the `catalog` of {dataset.id}")
-    store = cube.Store.connect(dataset.store, writable=True)
+    with dataset.naming_line("store"):
+        store = cube.Store.connect(dataset.store, writable=True)
+    with dataset.naming_line("scenes" if dataset.scenes else "store"):
+        snapshots = place_of(dataset.scenes) if dataset.scenes else default_folder(store)
     with dataset.naming_line("sites"):
         sites = choose_sites(SiteChoice(dataset.sites, dataset.sites_layer), catalog)
     with dataset.naming_line("sources"):
@@ -128,7 +131,7 @@ def load_inputs(dataset: Dataset) -> Inputs:
         store=store,
         sources=sources,
         recipe=recipe,
-        snapshots=place_of(dataset.scenes) if dataset.scenes else default_folder(store),
+        snapshots=snapshots,
         on_offset_conflict=dataset.on_offset_conflict,
         min_read_completeness=dataset.min_read_completeness,
     )

@@ -138,7 +138,8 @@ class ListedLookup(Lookup):
 
     def _list_folder(self, folder: Url) -> _Listing:
         """List a folder in parts: files of sites are in the order of the sites' names."""
-        bounds = [f"{folder.key}/{site}" for site in self._sites[_SITES_PER_PART::_SITES_PER_PART]]
+        prefix = _prefix_of(folder)
+        bounds = [f"{prefix}{site}" for site in self._sites[_SITES_PER_PART::_SITES_PER_PART]]
         if not folder.text.startswith("s3://"):
             bounds = []  # other stores may list a folder from its beginning for each part
         listing = _Listing()
@@ -154,6 +155,11 @@ class ListedLookup(Lookup):
         return listing
 
 
+def _prefix_of(folder: Url) -> str:
+    """Return what the keys below a folder begin with: nothing in a whole bucket."""
+    return f"{folder.key}/" if folder.key else ""
+
+
 def _list_part(folder: Url, after: str | None, last: str | None) -> list[tuple[str, float]]:
     """List the files of a folder whose keys are between two others, with their times."""
     found: list[tuple[str, float]] = []
@@ -162,6 +168,6 @@ def _list_part(folder: Url, after: str | None, last: str | None) -> list[tuple[s
             if last is not None and entry["path"] > last:
                 return found
             # Whole seconds, as in the answer about a single object.
-            name = entry["path"].removeprefix(f"{folder.key}/")
+            name = entry["path"].removeprefix(_prefix_of(folder))
             found.append((name, float(int(entry["last_modified"].timestamp()))))
     return found

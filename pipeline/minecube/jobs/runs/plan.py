@@ -130,7 +130,7 @@ class Plan:
             reached.append(step)
             if step in SITE_YEAR_STEPS:
                 committed = None  # read again after builds
-                if units := self._list_site_years(step, site):
+                if units := self._list_site_years(step, site, inputs):
                     yield units
                     inputs = self._fresh_inputs
                     follows |= not all(map(self._has_failed, units))
@@ -166,6 +166,11 @@ class Plan:
         return replace(self.inputs, lookup=Lookup())
 
     @cached_property
+    def _fresh_check(self) -> StaleCheck:
+        """Judges the builds of a site whose scenes this run has searched."""
+        return StaleCheck(self._fresh_inputs)
+
+    @cached_property
     def _site_commits(self) -> dict[str, dict[int, Commit]]:
         commits: dict[str, dict[int, Commit]] = {}
         for (site, year), commit in self.commits.items():
@@ -187,7 +192,7 @@ class Plan:
     def _is_chosen(self, unit: Unit) -> bool:
         return self.options.chosen is None or unit in self.options.chosen
 
-    def _list_site_years(self, step: str, site: str) -> list[Unit]:
+    def _list_site_years(self, step: str, site: str, inputs: Inputs) -> list[Unit]:
         units = []
         for year in self.years:
             unit = Unit(step, site, year)
@@ -197,7 +202,7 @@ class Plan:
                 continue
             if step == "build" and (site, year) in self.damaged:
                 self._fail(unit, self.damaged[site, year])
-            elif not self._is_unfinished(unit):
+            elif not self._is_unfinished(unit, inputs):
                 _add(self.summary.kept, step)
             elif self._has_failed(Unit("search", site, year)):
                 _add(self.summary.blocked, step)
@@ -205,19 +210,18 @@ class Plan:
                 units.append(unit)
         return units
 
-    def _is_unfinished(self, unit: Unit) -> bool:
+    def _is_unfinished(self, unit: Unit, inputs: Inputs) -> bool:
         """Whether a site-year still needs its search or build. Notes stale builds."""
         if unit.step == "search":
-            return needs_search(self.inputs, unit.site, unit.year)
+            return needs_search(inputs, unit.site, unit.year)
         commit = self.commits.get((unit.site, unit.year))
         if commit is None:
             return True
-        reason = self.stale_check.explain(commit)
+        check = self.stale_check if inputs is self.inputs else self._fresh_check
+        reason = check.explain(commit)
         if not reason:
             return False
-        if self.options.overwrite and (
-            self.options.rebuild or self.stale_check.explain_inputs(commit)
-        ):
+        if self.options.overwrite and (self.options.rebuild or check.explain_inputs(commit)):
             return True
         self.summary.stale[unit] = reason
         return False
@@ -226,6 +230,11 @@ class Plan:
         """Note that a unit cannot be worked on."""
         self.summary.results[unit] = Result.from_error(error)
         self.failed.append(unit)
+
+    def is_built(self, unit: Unit) -> bool:
+        """Whether a site-year has a marker. Then the marker tells what is wrong with it."""
+        key = (unit.site, unit.year)
+        return unit.step in SITE_YEAR_STEPS and (key in self.commits or key in self.damaged)
 
     def _has_failed(self, unit: Unit) -> bool:
         result = self.summary.results.get(unit)
@@ -271,7 +280,7 @@ class Plan:
         unfinished: Counter[str] = Counter()
         for step in self.steps:
             if step in SITE_YEAR_STEPS:
-                unfinished[step] = len(self._list_site_years(step, site))
+                unfinished[step] = len(self._list_site_years(step, site, self.inputs))
                 continue
             committed = self._read_site_commits(self.inputs, site)
             if is_finished(step, make_step(step, self.inputs, site, committed)):

@@ -104,9 +104,15 @@ def check_steps(inputs: Inputs, names: Sequence[str]) -> dict[str, dict[str, boo
     def check(site: str) -> list[bool]:
         try:
             commits = read_site_commits(inputs, site)
-            return [is_finished(name, make_step(name, inputs, site, commits)) for name in names]
-        except MinecubeError:  # a damaged marker, for example, which is listed for its site-year
+        except MinecubeError:  # a damaged marker, which is listed for its site-year
             return [False] * len(names)
+        return [check_step(name, site, commits) for name in names]
+
+    def check_step(name: str, site: str, commits: Commits) -> bool:
+        try:
+            return is_finished(name, make_step(name, inputs, site, commits))
+        except (MinecubeError, OSError):  # a file that it was made from is gone, for example
+            return False
 
     with ThreadPoolExecutor(1 if inputs.store.path else READERS) as pool:
         found = list(pool.map(check, inputs.sites))
