@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from known_runs import YEARS, dataset_in
 from minecube import cube
 from minecube.catalog import Dataset
 from minecube.cli import cli
-from minecube.jobs.runs import lookups
+from minecube.jobs.runs import RunOptions, lookups
+from minecube.jobs.runs.driver import make_plan
 from minecube.jobs.runs.inputs import load_inputs
 from minecube.jobs.runs.states import list_path
+from minecube.jobs.runs.units import Unit
+from minecube.jobs.scene_lists import load_or_search, save_list
 from minecube.places import Url, list_files, open_client
 
 
@@ -120,3 +124,19 @@ def test_a_folder_listed_in_parts_is_whole(bucket: str, monkeypatch: pytest.Monk
     assert all(lookup.exists(folder / name) for name in ("0", "catalog.json", "zz"))
     assert not lookup.exists(folder / "nothing")
     assert lookup.list_files(folder / "nothing") == []
+
+
+def test_a_list_that_the_run_has_searched_again_makes_a_build_stale(dataset: Dataset) -> None:
+    """The plan has listed the folder of scene lists before."""
+    inputs = load_inputs(dataset)
+    site = inputs.sites["pit"]
+    place = list_path(inputs, "pit", 2021)
+    known = load_or_search(site, 2021, inputs.job.sources, inputs.job.snapshots)
+    place.unlink()
+    plan = make_plan(dataset, RunOptions(only=("search", "build"), sites="pit"))
+    chain = plan.walk("pit")
+    assert next(chain) == [Unit("search", "pit", 2021)]
+    fewer = replace(known, scenes=known.scenes[::2])
+    save_list(fewer, site, 2021, inputs.job.sources, inputs.job.snapshots)
+    assert list(chain) == []
+    assert plan.summary.stale[Unit("build", "pit", 2021)] == "the scene list of 2021 has changed"
