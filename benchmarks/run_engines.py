@@ -150,7 +150,7 @@ def _engine_address(engine: str, folder: Path) -> Iterator[str]:
         return
     from distributed import LocalCluster
 
-    options = {"dashboard_address": None, "local_directory": str(folder)}
+    options = {"dashboard_address": "127.0.0.1:0", "local_directory": str(folder)}
     with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, **options) as cluster:
         yield str(cluster.scheduler_address)
 

@@ -77,7 +77,7 @@ def assert_same(one, other, names):
 def on_cluster(*arguments):
     """The command with two worker processes."""
     with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address="127.0.0.1:0"
     ) as cluster:
         words = [*map(str, arguments), "--scheduler", cluster.scheduler_address]
         return CliRunner().invoke(cli, words)
@@ -110,7 +110,11 @@ def test_a_scheduler_gets_no_other_work_of_this_process():
     """A default client would keep it waiting for a scheduler that has ended."""
     with (
         distributed.LocalCluster(
-            n_workers=1, processes=False, protocol="tcp", host="127.0.0.1", dashboard_address=None
+            n_workers=1,
+            processes=False,
+            protocol="tcp",
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
         ) as cluster,
         connect_workers(cluster.scheduler_address) as executor,
     ):

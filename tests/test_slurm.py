@@ -146,10 +146,11 @@ def test_a_task_at_its_time_limit_requeues_only_itself(world, slurm, tmp_path):
     call(["scontrol", "update", f"JobId={first}_{task}", "StartTime=now"], slurm, tmp_path)
     # The arrays that follow are those of the test above.
     call(["scancel", second, last], slurm, tmp_path)
+    log = tmp_path / f"slurm-{first}_{task}.out"
+    resumed = re.compile(rf"requeue {first}_{task}\n(.*\n)*build +[12] +0 +0 +0")
+    wait_for(lambda: resumed.search(log.read_text()), slurm, tmp_path)
     wait_for(lambda: not ask(), slurm, tmp_path)
     assert read_restarts(slurm, first) == {task}
-    log = (tmp_path / f"slurm-{first}_{task}.out").read_text()
-    assert re.search(rf"requeue {first}_{task}\n(.*\n)*build +[12] +0 +0 +0", log), log
 
 
 def read_restarts(slurm, array):
