@@ -16,6 +16,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import dagster as dg
 import xarray as xr
@@ -47,8 +48,7 @@ site_years = dg.MultiPartitionsDefinition({"site": sites, "year": years})
 @dg.asset(partitions_def=site_years, retry_policy=_RETRIES)
 def site_year(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
     """Search and build one year of one site."""
-    partition = context.partition_key
-    assert isinstance(partition, dg.MultiPartitionKey)
+    partition = cast(dg.MultiPartitionKey, context.partition_key)
     site = partition.keys_by_dimension["site"]
     year = int(partition.keys_by_dimension["year"])
     dataset = read_dataset()

@@ -16,8 +16,7 @@ Names are loaded at their first use. Importing the package loads neither Dask no
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from minecube.lazy import load_lazily
 
 _HOMES = {
     "as_float": "cube",
@@ -46,10 +45,4 @@ _HOMES = {
 }
 
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'minecube' has no attribute {name!r}")
-    module = importlib.import_module(f"minecube.{_HOMES[name]}")
-    return getattr(module, name)
+__getattr__ = load_lazily(__name__, _HOMES)

@@ -32,8 +32,7 @@ neither torch nor dask.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from minecube.lazy import load_lazily
 
 _NAMES = {
     "audit": ("Audit", "audit_scenes"),
@@ -59,9 +58,4 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'minecube.jobs' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"minecube.jobs.{_HOME[name]}"), name)
+__getattr__ = load_lazily(__name__, _HOME)

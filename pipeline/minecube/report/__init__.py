@@ -12,8 +12,7 @@ Matplotlib is loaded with the first picture: workers and schedulers start withou
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from minecube.lazy import load_lazily
 
 _NAMES = {
     "areas": ("draw_areas",),
@@ -25,9 +24,4 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'minecube.report' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"minecube.report.{_HOME[name]}"), name)
+__getattr__ = load_lazily(__name__, _HOME)
