@@ -254,7 +254,7 @@ def test_status_of_an_object_store(bucket, tmp_path):
         (b'"shape": [', b'"shape": ["a", "b"], "x": ['),
         (b'"committed": "', b'"committed": "yesterday'),
         (b'"attributes": {', b'"attributes": {"reads": {"lost": 1000000000000000000000000000000},'),
-        (b'"title": "', b'"title": "\xff'),  # text that is not used, and is no UTF-8
+        (b'"node_type": "', b'"node_type": "\xff'),  # text that is not used, and is no UTF-8
     ],
 )
 def test_a_damaged_marker_is_listed_and_hides_no_other_site_year(dataset, old, new):
