@@ -21,9 +21,12 @@ from rasterio.io import MemoryFile
 from minecube.errors import CubeError
 from minecube.export.credits import format_credits, list_credits
 from minecube.export.files import open_draft
-from minecube.export.layers import LAYERS, Layer, need_on_grid
+from minecube.export.layers import CHUNK_PX, LAYERS, Layer, need_on_grid
 
 log = logging.getLogger(__name__)
+
+_TILE_STEP_PX = 16
+"""Sides of TIFF's tiles are multiples of it (TIFF 6.0, section 15)."""
 
 
 def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Path]:
@@ -136,7 +139,7 @@ def _write_cog(
         "width": width,
         "compress": "DEFLATE",
         "predictor": "YES",
-        "blocksize": 512,
+        "blocksize": _choose_block(height, width),
         "overview_resampling": settings.overview,
     }
     # Write to memory first: a full disk then raises OSError, not a private rasterio error.
@@ -148,6 +151,15 @@ def _write_cog(
             image.update_tags(**tags)
         with open_draft(path) as draft:
             draft.write_bytes(memory.getbuffer())
+
+
+def _choose_block(height: int, width: int) -> int:
+    """Return the side of a COG's tiles in pixels: 512, or less for an image that fits into one tile.
+
+    GDAL compresses whole tiles. Filling up an image of 48 pixels would take ten times as long.
+    """
+    side = -(-max(height, width) // _TILE_STEP_PX) * _TILE_STEP_PX
+    return min(side, CHUNK_PX)
 
 
 def write_footprints(table: gpd.GeoDataFrame, path: Path, changed: datetime | None = None) -> None:

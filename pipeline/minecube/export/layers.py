@@ -70,7 +70,8 @@ _DESCRIBED = {
     ),
 }
 """Variables described in NetCDF and Zarr. Fractions get no image."""
-_CHUNK_PX = 512
+CHUNK_PX = 512
+"""Longest side of chunks in NetCDF and Zarr, and of tiles in images."""
 # Name in the STAC EO extension v1.1, and centre in micrometres
 # (Sentinel-2A, from MTD_MSIL2A.xml, Spectral_Information).
 SPECTRUM = {
@@ -106,7 +107,7 @@ def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     A chunk has one year, all bands and at most 512 x 512 pixels.
     """
     _, *bands, height, width = shape
-    return (1, *bands, min(_CHUNK_PX, height), min(_CHUNK_PX, width))
+    return (1, *bands, min(CHUNK_PX, height), min(CHUNK_PX, width))
 
 
 def describe_cube(cube: xr.Dataset, grid: GeoBox, site: str) -> xr.Dataset:
