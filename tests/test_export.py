@@ -35,6 +35,7 @@ from minecube.errors import CubeError
 from minecube.export import (
     write_cogs,
     write_footprints,
+    write_items,
     write_stac,
 )
 from minecube.export.layers import SPECTRUM
@@ -155,9 +156,9 @@ def exported(tmp_path_factory):
     cube.probability.attrs["model"] = {"id": "unet-small", "licence": "Apache-2.0"}
     cogs = write_cogs(cube, GRID, out / "pit", "pit")
     write_footprints(footprints(), out / "footprints.parquet")
-    write_stac(
-        out, cogs, {"truth": out / "footprints.parquet"}, title="Three pits", description="A test."
-    )
+    items = write_items(out, cogs, title="Three pits")
+    tables = {"truth": out / "footprints.parquet"}
+    write_stac(out, items, tables, title="Three pits", description="A test.")
     return out, cube, cogs
 
 
@@ -539,18 +540,24 @@ def test_what_cannot_be_listed_is_refused(tmp_path):
     with rasterio.open(stranger, "w", count=1, height=2, width=2, **profile) as dst:
         dst.write(np.ones((1, 2, 2), np.uint8))
     (cog,) = write_cogs(cube_on(SMALL, [2020])[["footprint"]], SMALL, tmp_path / "out", "pit")
-    for out, cogs, tables, says in [
-        (tmp_path / "in", [], {}, "expected images for the collection, found none"),
-        (tmp_path / "in", [cog], {}, "lies outside"),
+    for out, cogs, says in [
+        (tmp_path / "in", [cog], "lies outside"),
         (
             tmp_path / "in",
             [tmp_path / "in" / "pit_2020_reflectance.tif"],
-            {},
             "expected an image written by write_cogs",
         ),
-        (tmp_path / "in", [stranger], {}, "expected an image written by write_cogs"),
-        (tmp_path / "out", [cog], {"truth": tmp_path / "out" / "none.parquet"}, "cannot be read"),
+        (tmp_path / "in", [stranger], "expected an image written by write_cogs"),
     ]:
         with pytest.raises(CubeError, match=says):
-            write_stac(out, cogs, tables, title="t", description="a")
+            write_items(out, cogs, title="t")
     assert not list(tmp_path.rglob("*.json"))
+    items = write_items(tmp_path / "out", [cog], title="t")
+    for out, listed, tables, says in [
+        (tmp_path / "in", [], {}, "expected images for the collection, found none"),
+        (tmp_path / "out", items, {"truth": stranger}, "lies outside"),
+        (tmp_path / "out", items, {"truth": tmp_path / "out" / "none.parquet"}, "cannot be read"),
+    ]:
+        with pytest.raises(CubeError, match=says):
+            write_stac(out, listed, tables, title="t", description="a")
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["pit_2020.json"]

@@ -27,7 +27,14 @@ from odc.geo.xr import xr_coords
 
 from minecube.catalog import BANDS
 from minecube.errors import CubeError
-from minecube.export import write_cogs, write_netcdf, write_stac, write_zarr, write_zarr2
+from minecube.export import (
+    write_cogs,
+    write_items,
+    write_netcdf,
+    write_stac,
+    write_zarr,
+    write_zarr2,
+)
 
 GRID = GeoBox(
     (301, 530), Affine(10, 0, 399960, 0, -10, 5700000), "EPSG:32633"
@@ -482,8 +489,9 @@ def test_the_collection_lists_whole_cubes_with_their_dimensions(tmp_path):
         "zarr": write_zarr(cube, grid, tmp_path / "pit" / "pit.zarr", "pit"),
         "zarr2": write_zarr2(cube, grid, tmp_path / "pit" / "pit.v2.zarr", "pit"),
     }
+    items = write_items(tmp_path, cogs, title="t")
     collection = pystac.Collection.from_file(
-        str(write_stac(tmp_path, cogs, whole, title="t", description="a"))
+        str(write_stac(tmp_path, items, whole, title="t", description="a"))
     )
     for key, path in whole.items():
         asset = collection.assets[key]

@@ -27,7 +27,7 @@ from minecube.export.credits import (
 from minecube.export.croissant import write_croissant
 from minecube.export.images import write_cogs, write_footprints, write_layers, write_table
 from minecube.export.netcdf import write_netcdf
-from minecube.export.stac import STAC_VERSION, write_stac
+from minecube.export.stac import STAC_VERSION, Item, write_items, write_stac
 from minecube.export.zarrs import write_zarr, write_zarr2
 
 __all__ = [
@@ -36,11 +36,13 @@ __all__ = [
     "ORIGIN_SEPARATOR",
     "STAC_VERSION",
     "Credit",
+    "Item",
     "format_credits",
     "list_credits",
     "write_cogs",
     "write_croissant",
     "write_footprints",
+    "write_items",
     "write_layers",
     "write_netcdf",
     "write_stac",

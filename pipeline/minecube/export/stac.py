@@ -54,9 +54,47 @@ EXTENSIONS = {
 }
 
 
+_COLLECTION = "collection.json"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A STAC item of one site-year."""
+
+    path: Path
+    """Its file, next to its images."""
+    content: dict[str, Any]
+    inputs: tuple[Credit, ...]
+    """Inputs of its images, each once."""
+
+
+def write_items(out: Path, cogs: Iterable[Path], *, title: str) -> list[Item]:
+    """Write one STAC item per site-year, with its images as assets. Returns the items by path.
+
+    Args:
+        out: The folder of the collection that will list them.
+        cogs: Images below `out`, made by `write_cogs`.
+        title: The title of that collection.
+
+    Raises:
+        CubeError: an image lies outside `out` or cannot be read, or writing fails.
+    """
+    site_years: dict[Path, list[Path]] = {}
+    for cog in sorted(cogs):
+        site_years.setdefault(cog.with_name(cog.stem.rpartition("_")[0] + ".json"), []).append(cog)
+    _need_inside(out, site_years)
+    items = []
+    for path, cogs_of_year in site_years.items():
+        images = [_read_image(cog) for cog in cogs_of_year]
+        content = _make_item(path, images, out / _COLLECTION, _make_id(title))
+        _write_json(path, content)
+        items.append(Item(path, content, tuple(_list_inputs(images))))
+    return items
+
+
 def write_stac(
     out: Path,
-    cogs: Iterable[Path],
+    items: Iterable[Item],
     tables: Mapping[str, Path],
     *,
     title: str,
@@ -64,59 +102,63 @@ def write_stac(
 ) -> Path:
     """Write a self-contained STAC collection and return the path of collection.json.
 
-    It lists images made by `write_cogs` and other files. Each site-year becomes one item next to
-    its images, with the images as assets. items.parquet repeats all items. All hrefs are relative,
-    so the folder can be moved or served unchanged. Checksums are multihashes (SHA-256). Licence and
-    citation of every input come from the images and become links, providers and publications.
+    It lists items made by `write_items` and other files. items.parquet repeats all items. All hrefs
+    are relative, so the folder can be moved or served unchanged. Checksums are multihashes
+    (SHA-256). Licence and citation of every input come from the images and become links, providers
+    and publications.
 
     Args:
         out: The common folder, also of collection.json.
-        cogs: Images below `out`.
+        items: Items of images below `out`.
         tables: Asset key -> file below `out`: footprints as GeoParquet or GeoPackage, whole cubes
             as NetCDF or Zarr.
-        title: The collection's title, also the basis of its id.
+        title: The collection's title, also the basis of its id. The items have the same.
         description: Description for people. The attribution required by the Copernicus terms is added.
 
     Raises:
-        CubeError: there is no image, a file lies outside `out` or cannot be read, or writing fails.
+        CubeError: there is no item, a file lies outside `out` or cannot be read, or writing fails.
     """
-    site_years: dict[Path, list[Path]] = {}
-    for cog in sorted(cogs):
-        site_years.setdefault(cog.with_name(cog.stem.rpartition("_")[0] + ".json"), []).append(cog)
-    if not site_years:
+    items = sorted(items, key=lambda item: item.path)
+    if not items:
         raise CubeError(
             f"{out}: expected images for the collection, found none; export images first"
         )
-    for path in (*site_years, *tables.values()):
-        if not path.resolve().is_relative_to(out.resolve()):
-            raise CubeError(
-                f"{path}: lies outside {out}, where the collection lists files; export it there"
-            )
-    root = out / "collection.json"
-    collection_id = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-    items: dict[Path, dict[str, Any]] = {}
-    inputs: dict[Credit, None] = {}  # unique, in order of appearance
-    for path, cogs_of_year in site_years.items():
-        images = [_read_image(cog) for cog in cogs_of_year]
-        items[path] = _make_item(path, images, root, collection_id)
-        inputs |= dict.fromkeys(_list_inputs(images))
+    _need_inside(out, tables.values())
+    inputs = dict.fromkeys(credit for item in items for credit in item.inputs)
     imagery_first = sorted(inputs, key=lambda credit: credit.kind != "imagery")
     assets = {key: make_table_asset(key, table, out) for key, table in tables.items()}
     collection = {
         "type": "Collection",
         "stac_version": STAC_VERSION,
         "stac_extensions": _list_extensions(_list_prefixes(imagery_first, assets)),
-        "id": collection_id,
+        "id": _make_id(title),
         "title": title,
-        **_describe_inputs(description, list(items.values()), imagery_first),
+        **_describe_inputs(description, [item.content for item in items], imagery_first),
     }
-    collection["links"] += [_make_link("item", path, out) for path in items]
-    moved = [_move_hrefs(item, path.parent, out) for path, item in items.items()]
-    collection["assets"] = {**assets, "items": _write_items(moved, out)}
-    for path, content in {**items, root: collection}.items():
-        with open_draft(path) as draft:
-            draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    collection["links"] += [_make_link("item", item.path, out) for item in items]
+    moved = [_move_hrefs(item.content, item.path.parent, out) for item in items]
+    collection["assets"] = {**assets, "items": _write_table_of_items(moved, out)}
+    root = out / _COLLECTION
+    _write_json(root, collection)
     return root
+
+
+def _make_id(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _need_inside(out: Path, paths: Iterable[Path]) -> None:
+    """Raise CubeError for a file outside the collection's folder."""
+    for path in paths:
+        if not path.resolve().is_relative_to(out.resolve()):
+            raise CubeError(
+                f"{path}: lies outside {out}, where the collection lists files; export it there"
+            )
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with open_draft(path) as draft:
+        draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _move_hrefs(item: Mapping[str, Any], source: Path, target: Path) -> dict[str, Any]:
@@ -131,7 +173,7 @@ def _move_hrefs(item: Mapping[str, Any], source: Path, target: Path) -> dict[str
     return {**item, "assets": assets, "links": [move(link) for link in item["links"]]}
 
 
-def _write_items(items: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+def _write_table_of_items(items: list[dict[str, Any]], out: Path) -> dict[str, Any]:
     """Write items.parquet. Returns its asset."""
     path = out / "items.parquet"
     table = stac_geoparquet.arrow.parse_stac_items_to_arrow(items)

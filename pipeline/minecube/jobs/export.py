@@ -50,6 +50,7 @@ class _Exported:
     """Files and tables of the sites so far."""
 
     images: list[Path] = field(default_factory=list)
+    items: list[export.Item] = field(default_factory=list)
     cubes: dict[str, Path] = field(default_factory=dict)
     """Asset key -> file or folder with all years of a site."""
     credits: dict[export.Credit, None] = field(default_factory=dict)
@@ -63,6 +64,7 @@ class _Exported:
     def add(self, part: _Exported) -> None:
         """Add the files and tables of one more site."""
         self.images += part.images
+        self.items += part.items
         self.cubes |= part.cubes
         self.credits |= part.credits
         self.commits += part.commits
@@ -105,7 +107,7 @@ def export_sites(
     text = f"Annual Sentinel-2 composites of mines. {recipe}."
     if "cog" in options.formats:
         assets = {**tables, **exported.cubes}
-        export.write_stac(folder, exported.images, assets, title=_TITLE, description=text)
+        export.write_stac(folder, exported.items, assets, title=_TITLE, description=text)
     files = list(exported.cubes.values())
     if "croissant" in options.formats:
         described = [*exported.images, *tables.values(), *filter(Path.is_file, files)]
@@ -168,6 +170,7 @@ def _export_site(store: cube.Store, site: str, folder: Path, options: ExportOpti
     if "cog" not in options.formats:
         return exported
     exported.images += export.write_cogs(dataset, grid, folder / site, site)
+    exported.items += export.write_items(folder, exported.images, title=_TITLE)
     areas = {}
     for kind, footprint in footprints.items():
         outlines = _outline(footprint, grid, site, options.min_area_m2)
