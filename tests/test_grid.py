@@ -17,7 +17,15 @@ from shapely.ops import unary_union
 
 from minecube.catalog import Site, load_sites
 from minecube.errors import CatalogError
-from minecube.grid import coarsen, equal_area_crs, grid_of, iterate_blocks, pad, project_bounds
+from minecube.grid import (
+    coarsen,
+    equal_area_crs,
+    grid_of,
+    grids_of,
+    iterate_blocks,
+    pad,
+    project_bounds,
+)
 
 
 def site_at(lon, lat, width, height):
@@ -189,3 +197,27 @@ def test_a_grid_covers_the_box_that_odc_geo_projects(shape):
     crs = CRS(f"EPSG:{grid_of(Site(id='pit', geometry=shape)).crs.epsg}")
     expected = Geometry(shape, "EPSG:4326").to_crs(crs, resolution=0.01).boundingbox
     assert project_bounds(shape, crs).bbox == expected.bbox
+
+
+def test_grids_of_many_sites_are_those_of_each():
+    rng = np.random.default_rng(5)
+    sites = [Site(id="nowhere")]
+    for number in range(300):
+        x, y = rng.uniform(-179, 178), rng.uniform(-79.9, 84.5)  # some lie outside UTM
+        shape = shapely.box(x, y, x + rng.uniform(0.001, 0.3), y + rng.uniform(0.001, 0.2))
+        if number % 3 == 0:
+            shape = shapely.union(
+                shape.difference(shape.centroid.buffer(0.0004)),
+                shapely.box(x, y + 0.3, x + 0.01, y + 0.31),
+            )
+        sites.append(Site(id=f"mine_{number}", geometry=shape, margin=float(rng.choice([0, 1000]))))
+    sites.append(Site(id="large", geometry=shapely.box(9.0, 40.0, 9.1, 52.0)))
+    expected = {}
+    for site in sites:
+        try:
+            expected[site.id] = grid_of(site)
+        except CatalogError:
+            continue
+    assert 250 < len(expected) < len(sites) - 2
+    assert grids_of(sites) == expected
+    assert grids_of([]) == {}

@@ -14,14 +14,15 @@ from minecube.catalog import Recipe, Site, Source, as_dict, format_years
 from minecube.cube.provenance import describe_grid, untitled
 from minecube.cube.read.summaries import Commit, grid_key
 from minecube.errors import SceneError
-from minecube.grid import grid_of
+from minecube.grid import grid_of, grids_of
 from minecube.jobs.build import choose_scenes, hash_listed_inputs
 from minecube.jobs.runs.inputs import Inputs
 from minecube.jobs.scene_lists import is_early, load_or_search, name_list, path_of_list
 from minecube.places import Place, time_of_file
 from minecube.scenes import SearchResult, has_images
 
-_GRIDS = 1024  # commits come site by site
+_GRIDS = 1000
+"""Sites whose grids are computed at once. Commits come site by site."""
 
 
 class StaleCheck:
@@ -38,7 +39,9 @@ class StaleCheck:
         self._version = metadata.version("minecube")
         self._recipe = untitled(as_dict(inputs.job.recipe))
         self._known_recipe: object = None  # most commits share one object
-        self._grid_of = functools.lru_cache(_GRIDS)(self._compute_grid)
+        self._sites = list(inputs.sites)
+        self._grids: dict[str, tuple[Any, ...]] = {}
+        """Keys of the grids of some sites."""
         self._read_years = functools.cache(self._list_read_years)
 
     def explain(self, commit: Commit) -> str:
@@ -58,7 +61,7 @@ class StaleCheck:
             if untitled(commit.recipe) != self._recipe:
                 return f"built with another recipe {commit.recipe['id']}"
             self._known_recipe = commit.recipe
-        if commit.grid != self._grid_of(commit.site):
+        if commit.grid != self._find_grid(commit.site):
             return "its polygon or margin has changed"
         job = self._inputs.job
         if commit.completeness < job.min_read_completeness:
@@ -70,8 +73,15 @@ class StaleCheck:
             return f"the scene list of {format_years(changed)} has changed"
         return ""
 
-    def _compute_grid(self, site: str) -> tuple[Any, ...]:
-        return grid_key(describe_grid(grid_of(self._inputs.sites[site])))
+    def _find_grid(self, site: str) -> tuple[Any, ...]:
+        grid = self._grids.get(site)
+        if grid is None:
+            first = self._sites.index(site)
+            sites = [self._inputs.sites[name] for name in self._sites[first : first + _GRIDS]]
+            grids = grids_of(sites) | {site: grid_of(self._inputs.sites[site])}
+            self._grids = {name: grid_key(describe_grid(grid)) for name, grid in grids.items()}
+            grid = self._grids[site]
+        return grid
 
     def _list_read_years(self, year: int) -> list[int]:
         return list_read_years(self._inputs.job.recipe, [year])
