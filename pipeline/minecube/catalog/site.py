@@ -47,8 +47,9 @@ class Site:
             kind = self.geometry.geom_type
             need(kind in ("Polygon", "MultiPolygon"), "geometry", f"a polygon, found {kind}")
             need(not self.geometry.is_empty, "geometry", "a polygon with area, found an empty one")
-            reason = shapely.is_valid_reason(self.geometry)
-            need(self.geometry.is_valid, "geometry", f"a valid polygon, found {reason}")
+            if not self.geometry.is_valid:
+                reason = shapely.is_valid_reason(self.geometry)
+                need(False, "geometry", f"a valid polygon, found {reason}")
             bounds = self.geometry.bounds
             west, south, east, north = bounds
             in_degrees = west >= -180 and east <= 180 and south >= -90 and north <= 90
