@@ -10,8 +10,8 @@ rerun          rerun_ms_per_site_year: CPU time of a second `minecube build`, af
 overhead_local, overhead_dask
                overhead_*_s: seconds per empty unit of a run through an engine with one worker
 overhead_dagster
-               overhead_dagster_s: seconds of a run of Dagster's daemon for a site-year that is built
-               already, from launch to end, with the start of its process
+               overhead_dagster_s: seconds per site-year that is built already, in runs of Dagster's
+               daemon for new sites with ten years, from launch to end, with the start of a process
 two_workers    two_workers_ratio: time of two worker processes for 24 equal site-years divided by
                that of one; each request takes 40 ms
 in_run         in_run_ratio: time of a site-year of 1024 x 1024 pixels and 40 dates inside a run

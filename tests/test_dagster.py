@@ -34,7 +34,7 @@ def main():
         first = workflow.new_sites(dg.build_sensor_context(instance=instance))
         for request in first.dynamic_partitions_requests:
             instance.add_dynamic_partitions(request.partitions_def_name, request.partition_keys)
-        print("new", [str(request.partition_key) for request in first.run_requests])
+        print("new", [request.tags for request in first.run_requests])
         second = workflow.new_sites(dg.build_sensor_context(instance=instance))
         print("again", second.run_requests)
         january = workflow.each_january(dg.build_schedule_context(instance=instance))
@@ -51,6 +51,16 @@ def main():
             for made in run.asset_materializations_for_node("site_year"):
                 print({key: str(value.value)[:60] for key, value in made.metadata.items()})
         print("backfill", dict(workflow.count_backfill(instance, "b")))
+        (request,) = first.run_requests
+        run = dg.materialize(
+            [workflow.site_year], instance=instance, tags=request.tags, raise_on_error=False
+        )
+        made = run.asset_materializations_for_node("site_year")
+        print("range", run.success, [event.partition for event in made])
+        states = instance.get_status_by_partition(
+            workflow.site_year.key, ["pit|2020", "pit|2021", "pit|2022"], workflow.site_years
+        )
+        print("states", [state.value for state in states.values()])
         print("results", dg.materialize([workflow.results], instance=instance, raise_on_error=False).success)
 
 if __name__ == "__main__":
@@ -99,7 +109,8 @@ def test_partitions_schedules_and_metadata(world, tmp_path):
     script = tmp_path / "in_process.py"
     script.write_text(IN_PROCESS)
     out = call([script], env)
-    assert "new ['pit|2020', 'pit|2021', 'pit|2022']" in out
+    first, last = (f"'dagster/asset_partition_range_{end}" for end in ("start", "end"))
+    assert f"new [{{{first}': 'pit|2020', {last}': 'pit|2022'}}]" in out
     assert "again []" in out
     assert "january ['pit|2022']" in out
     assert "2020 True" in out
@@ -107,6 +118,8 @@ def test_partitions_schedules_and_metadata(world, tmp_path):
     assert "'quicklook': '![pit 2020](data:image/png;base64,iVBOR" in out
     assert "2021 False" in out
     assert "backfill {'FAILURE': 1, 'SUCCESS': 1}" in out
+    assert "range False ['pit|2020', 'pit|2022']" in out
+    assert "states ['MATERIALIZED', 'FAILED', 'MATERIALIZED']" in out
     assert "results False" in out  # 2021 is missing, but 2022 is built
     searches = read_log(Path(env["MINECUBE_DATASET"])).query("step == 'build' and event == 'end'")
     assert searches[searches["state"] == "done"]["year"].tolist() == [2020, 2022]
@@ -149,7 +162,8 @@ def test_the_daemon_builds_new_sites_and_a_backfill_reports_failures(world, tmp_
         words = ("-j", "build_site_years", "--partitions", "pit|2020,pit|2021", "--noprompt")
         out = call(dagster("job", "backfill", "-f", FILE, *words), env)
         backfill = re.search(r"Launched backfill job `(\w+)`", out)[1]
-        wait_for(lambda: len(re.findall("RUN_SUCCESS|RUN_FAILURE", log.read_text())) == 5, log)
+        # One run for the new site, and one for each partition of the backfill.
+        wait_for(lambda: len(re.findall("RUN_SUCCESS|RUN_FAILURE", log.read_text())) == 3, log)
         counts = call([FILE, backfill], env, ok=1)
     assert sorted(counts.strip().split(", ")) == ["1 FAILURE", "1 SUCCESS"]
     assert_built(world, tmp_path)

@@ -6,7 +6,8 @@
     python workflows/dagster_dataset.py BACKFILL_ID      prints what became of a backfill
 
 Dagster starts the runs and shows them. The state of the dataset is in its store: a partition that
-is built already is finished in seconds, whatever Dagster knows of it.
+is built already is finished in seconds, whatever Dagster knows of it. A new site is one run with
+all its years.
 """
 
 import base64
@@ -16,7 +17,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import dagster as dg
 import xarray as xr
@@ -32,6 +32,9 @@ _YEARLY = "0 3 15 1 *"
 """When the year before is complete: 15 January, 03:00."""
 _NO_USE = ("data", "bug")
 """Classes of errors that a repetition meets again."""
+_RANGE_START = "dagster/asset_partition_range_start"
+_RANGE_END = "dagster/asset_partition_range_end"
+"""Tags of Dagster for a run of several partitions."""
 _RETRIES = dg.RetryPolicy(max_retries=3, delay=300, backoff=dg.Backoff.EXPONENTIAL)
 
 
@@ -45,26 +48,44 @@ years = dg.StaticPartitionsDefinition([str(year) for year in read_dataset().year
 site_years = dg.MultiPartitionsDefinition({"site": sites, "year": years})
 
 
-@dg.asset(partitions_def=site_years, retry_policy=_RETRIES)
-def site_year(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-    """Search and build one year of one site."""
-    partition = cast(dg.MultiPartitionKey, context.partition_key)
-    site = partition.keys_by_dimension["site"]
-    year = int(partition.keys_by_dimension["year"])
+@dg.asset(partitions_def=site_years, retry_policy=_RETRIES, output_required=False)
+def site_year(context: dg.AssetExecutionContext) -> Iterator[dg.AssetMaterialization]:
+    """Search and build one site-year, or those of a range of partitions.
+
+    Each site-year that is built becomes an event of its own. If others of the range fail, Dagster
+    shows only those as failed.
+    """
+    keys = [site_years.get_partition_key_from_str(key) for key in context.partition_keys]
+    chosen = {(key.keys_by_dimension["site"], int(key.keys_by_dimension["year"])) for key in keys}
     dataset = read_dataset()
-    options = RunOptions(only=SITE_YEAR_STEPS, sites=site, years=(year,))
-    _raise_failures(run(dataset, options))
+    options = RunOptions(
+        only=SITE_YEAR_STEPS,
+        sites=",".join(sorted({site for site, _ in chosen})),
+        years=tuple(sorted({year for _, year in chosen})),
+    )
+    summary = run(dataset, options)
+    failed = {(unit.site, unit.year) for unit in summary.failures}
     store = cube.Store.connect(dataset.store)
+    for site, year in sorted(chosen - failed):
+        yield dg.AssetMaterialization(
+            context.asset_key,
+            partition=dg.MultiPartitionKey({"site": site, "year": str(year)}),
+            metadata=_describe_cube(store, site, year),
+        )
+    _raise_failures(summary)
+
+
+def _describe_cube(
+    store: cube.Store, site: str, year: int
+) -> dict[str, int | float | dg.MetadataValue]:
     cubes = cube.open_committed(store, site).sel(year=[year]).load()
     clear = cubes["clear_count"]
-    return dg.MaterializeResult(
-        metadata={
-            "pixels": int(clear.size),
-            "observed pixels": int((clear > 0).sum()),
-            "mean clear observations": float(clear.mean()),
-            "quicklook": dg.MetadataValue.md(_draw_quicklook(cubes, f"{site} {year}")),
-        }
-    )
+    return {
+        "pixels": int(clear.size),
+        "observed pixels": int((clear > 0).sum()),
+        "mean clear observations": float(clear.mean()),
+        "quicklook": dg.MetadataValue.md(_draw_quicklook(cubes, f"{site} {year}")),
+    }
 
 
 def _draw_quicklook(cubes: xr.Dataset, title: str) -> str:
@@ -104,7 +125,9 @@ results_job = dg.define_asset_job("make_results", [results])
 def each_january() -> Iterator[dg.RunRequest]:
     """Build the last year of the dataset for all sites. Add the year to dataset.yaml before."""
     dataset = read_dataset()
-    yield from _request(list(load_inputs(dataset).sites), dataset.years[-1:])
+    for site in load_inputs(dataset).sites:
+        key = dg.MultiPartitionKey({"site": site, "year": str(dataset.years[-1])})
+        yield dg.RunRequest(partition_key=key)
 
 
 @dg.schedule(cron_schedule="0 3 20 1 *", job=results_job)
@@ -117,6 +140,7 @@ def results_each_january() -> dg.RunRequest:
 def new_sites(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     """Build all years of sites that the dataset has and Dagster does not know.
 
+    A site is one run with all its years, since each run of Dagster starts a process for seconds.
     The requests have no run key. With a key, a site that was removed and added again would not be
     built.
     """
@@ -125,17 +149,21 @@ def new_sites(context: dg.SensorEvaluationContext) -> dg.SensorResult:
     known = set(context.instance.get_dynamic_partitions("sites"))
     new = [site for site in load_inputs(dataset).sites if site not in known]
     return dg.SensorResult(
-        run_requests=list(_request(new, dataset.years)),
+        run_requests=[_request_years(site, dataset.years) for site in new],
         dynamic_partitions_requests=[sites.build_add_request(new)] if new else [],
     )
 
 
-def _request(names: Sequence[str], of_years: Sequence[int]) -> Iterator[dg.RunRequest]:
-    for name in names:
-        for year in of_years:
-            yield dg.RunRequest(
-                partition_key=dg.MultiPartitionKey({"site": name, "year": str(year)})
-            )
+def _request_years(site: str, of_years: Sequence[int]) -> dg.RunRequest:
+    """Request one run for all years of a site.
+
+    A range over several sites would be unsafe: it has all years between those of its two ends.
+    """
+    first, last = (
+        dg.MultiPartitionKey({"site": site, "year": str(year)})
+        for year in (of_years[0], of_years[-1])
+    )
+    return dg.RunRequest(tags={_RANGE_START: first, _RANGE_END: last})
 
 
 def count_backfill(instance: dg.DagsterInstance, backfill: str) -> Counter[str]:
