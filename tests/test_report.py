@@ -255,7 +255,7 @@ def areas(scale=1.0):
 def test_areas_are_drawn_in_readable_units(tmp_path, figures, scale, unit, shown):
     draw_areas(areas(scale), tmp_path / "a.png", "pit", areas(scale))
     above, below = figures[0].axes
-    assert above.get_title() == "pit"
+    assert figures[0].get_suptitle() == "pit"
     mapped, truth = above.lines
     assert mapped.get_ydata() == pytest.approx(shown)
     assert truth.get_linestyle() == "--"

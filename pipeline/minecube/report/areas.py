@@ -25,6 +25,9 @@ from minecube.report.style import (
 
 _SIZE_IN = (4.6, 3.6)
 _MARGINS = {"left": 0.15, "right": 0.97, "top": 0.91, "bottom": 0.17, "hspace": 0.12}
+_MIDDLE = (_MARGINS["left"] + _MARGINS["right"]) / 2
+_LABEL_X = -0.13
+"""Place of the names of the vertical axes, as a share of their width."""
 MAPPED = BLACK
 TRUTH = GREEN
 GAIN = VERMILION
@@ -50,14 +53,14 @@ def draw_areas(
     figure = Figure(figsize=_SIZE_IN, dpi=DPI)
     # Fixed margins: a constrained layout takes three times as long per picture.
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.2, 1], gridspec_kw=_MARGINS)
-    upper.set_title(title, fontsize=11, color=INK, fontweight="bold")
+    figure.suptitle(title, x=_MIDDLE, y=0.97, fontsize=11, color=INK, fontweight="bold")
     upper.set_ylabel(f"mine area, {unit}", fontsize=9)
     lower.set_ylabel(f"change, {unit}", fontsize=9)
     _draw_area(upper, table, truth, unit_m2)
     _draw_change(lower, table, unit_m2)
     for ax in (upper, lower):
         strip_axes(ax)
-    figure.align_ylabels()
+        ax.yaxis.set_label_coords(_LABEL_X, 0.5)
     _draw_legend(figure, (upper, lower))
     save(figure, out)
 

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import Affine2D, Transform
 
-from minecube.arrays import Bool, UInt16
+from minecube.arrays import Bool, Float64, UInt16
 from minecube.codes import MINE
 from minecube.errors import CubeError
 from minecube.report.style import DPI, INK, PANEL_IN, UNOBSERVED, save
@@ -94,16 +94,21 @@ def draw_strip(
             )
     styles = dict(zip(footprints, OUTLINES, strict=False))
     figure, panels = _draw_panels(images, title, legend_in=0.35 * bool(footprints))
-    for panel, year, image in zip(panels, years, images, strict=True):
+    counts = cube.clear_count.transpose("year", "y", "x").to_numpy()
+    for panel, year, image, count in zip(panels, years, images, counts, strict=True):
         dates = "no observation"
         if image.any():
-            dates = f"{cube.clear_count.sel(year=year).median().item():.0f} clear dates"
+            dates = f"{np.median(count):.0f} clear dates"
         panel.set_title(str(year), loc="left", fontweight="bold")
         panel.set_title(dates, loc="right")
-        for name, (colour, width) in styles.items():
-            if year in footprints[name].year:
-                mine = footprints[name].sel(year=year).to_numpy() == MINE
-                _draw_outline(panel, mine, colour, width)
+    for name, (colour, width) in styles.items():
+        masks = {
+            int(year): mask
+            for year, mask in zip(
+                footprints[name].year, footprints[name].to_numpy() == MINE, strict=True
+            )
+        }
+        _draw_outlines(panels, [masks.get(year) for year in years], colour, width)
     _draw_scale_bar(panels[0], abs(float(cube.x[1] - cube.x[0])), images[0].shape)
     if styles:
         _draw_legend(figure, styles)
@@ -206,18 +211,34 @@ def _draw_image(panel: _Panel, image: UInt16, limits: tuple[float, float]) -> No
     )
 
 
-def _draw_outline(panel: _Panel, mine: Bool, colour: str, width: float) -> None:
-    """Draw the pixel edges between mine and background."""
+def _draw_outlines(
+    panels: Sequence[_Panel], masks: Sequence[Bool | None], colour: str, width: float
+) -> None:
+    """Draw the pixel edges between mine and background of each panel with a mask."""
+    edges = []
+    for panel, mine in zip(panels, masks, strict=True):
+        if mine is not None:
+            corner_in = (panel.left_in, panel.top_in)
+            edges.append(_find_edges(mine) * panel.pixel_in + corner_in)
+    if edges:
+        lines = LineCollection(
+            list(np.concatenate(edges)),
+            colors=colour,
+            linewidths=width,
+            capstyle="round",
+            zorder=2,
+        )
+        panels[0].axes.add_collection(lines, autolim=False)
+
+
+def _find_edges(mine: Bool) -> Float64:
+    """Return the edges between mine and background: two corners (x, y) each, in pixels."""
     framed = np.pad(mine, 1)
     y, x = np.nonzero(framed[1:-1, 1:] != framed[1:-1, :-1])
     upright = np.stack([np.stack([x, y], -1), np.stack([x, y + 1], -1)], axis=1)
     y, x = np.nonzero(framed[1:, 1:-1] != framed[:-1, 1:-1])
     level = np.stack([np.stack([x, y], -1), np.stack([x + 1, y], -1)], axis=1)
-    edges = np.concatenate([upright, level])
-    lines = LineCollection(list(edges), colors=colour, linewidths=width, capstyle="round", zorder=2)
-    lines.set_transform(panel.transform)
-    panel.axes.add_collection(lines, autolim=False)
-    lines.set_clip_path(panel.frame)
+    return np.concatenate([upright, level]).astype(np.float64)
 
 
 def _draw_scale_bar(panel: _Panel, pixel_m: float, shape: tuple[int, ...]) -> None:
