@@ -106,6 +106,30 @@ def test_each_state(dataset):
     assert status.km2 == pytest.approx(3 * 0.48 * 0.48)  # three years of 48 x 48 pixels of 10 m
 
 
+def test_a_failed_step_says_why(dataset):
+    path, store, _ = dataset
+    log = EventLog(store)
+    for site, state, more in (
+        ("pond", "failed", {"error_class": "network", "message": "no answer"}),
+        ("pond", "failed", {"error_class": "disk", "message": "no space left"}),
+        ("pit", "failed", {"error_class": "data", "message": "no list"}),
+        ("pit", "done", {}),
+    ):
+        log.write(event(site, 0, "start", step="audit"))
+        log.write(event(site, 0, step="audit", state=state, **more))
+    (failure,) = read_status(load_dataset(path)).step_failures.to_dict("records")
+    assert failure == {
+        "site": "pond",
+        "step": "audit",
+        "error_class": "disk",
+        "attempts": 2,
+        "why": "no space left",
+    }
+    printed = CliRunner().invoke(cli, ["status", str(path)]).stdout
+    assert "pond audit: failed (disk), 2 attempts: no space left" in printed
+    assert "no list" not in printed
+
+
 def test_sums_and_cost_count_every_attempt(dataset):
     path, store, (pit, _) = dataset
     log = EventLog(store)

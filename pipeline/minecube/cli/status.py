@@ -152,15 +152,18 @@ def _format_totals(found: Status) -> str:
 
 
 def _format_reasons(found: Status) -> str:
-    table = found.site_years[found.site_years["why"] != ""]
+    """Format why site-years are not done, and why steps of sites have failed."""
+    of_years = found.site_years[found.site_years["why"] != ""].reset_index()
+    of_steps = found.step_failures.rename(columns={"step": "year"}).assign(state="failed")
+    table = pd.concat([of_years, of_steps])
     lines = []
-    for row in table.head(_MOST_REASONS).reset_index().to_dict("records"):
+    for row in table.head(_MOST_REASONS).to_dict("records"):
         text = f"{row['site']} {row['year']}: {row['state']}"
         if row["error_class"]:
             text += f" ({row['error_class']})"
         if row["attempts"] > 1:
-            text += f", {row['attempts']} attempts"
+            text += f", {row['attempts']:.0f} attempts"
         lines.append(f"{text}: {row['why']}")
     if len(table) > _MOST_REASONS:
-        lines.append(f"and {len(table) - _MOST_REASONS} more: --format csv lists all")
+        lines.append(f"and {len(table) - _MOST_REASONS} more: --format csv lists all site-years")
     return "\n".join(lines)

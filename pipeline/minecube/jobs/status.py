@@ -63,6 +63,8 @@ class Status:
     steps: pd.DataFrame
     """One row per site with a state per step: done, stale (older than a build of the site),
     running, failed, interrupted or empty."""
+    step_failures: pd.DataFrame
+    """One row per failed step of a site: site, step, error_class, attempts and why."""
     spent: Mapping[str, float]
     """Sums over all attempts that have ended: seconds, mb and requests. Interrupted attempts are
     missing, since they log no end."""
@@ -202,10 +204,12 @@ class _Reader:
         units = History.from_events(events).units
         del events
         site_years = self._tabulate_site_years(units)
+        states = self._tabulate_steps(units, list(steps))
         return Status(
             name=name,
             site_years=site_years,
-            steps=self._tabulate_steps(units, list(steps)),
+            steps=states,
+            step_failures=_list_step_failures(units, states),
             spent=spent,
             per_hour=per_hour if (site_years["state"] == "running").any() else 0.0,
             cost=_compute_cost(spent, terms),
@@ -296,6 +300,17 @@ class _Reader:
 def _choose_step(units: pd.DataFrame, step: str) -> pd.DataFrame:
     """Return the rows of the units of a step."""
     return units[units.index.get_level_values("step") == step]
+
+
+def _list_step_failures(units: pd.DataFrame, states: pd.DataFrame) -> pd.DataFrame:
+    """Tell why the last attempts at failed steps failed."""
+    parts = []
+    for step in states.columns:
+        tried = _choose_step(units, step).reset_index()
+        parts.append(tried[tried["site"].isin(states.index[states[step] == "failed"])])
+    columns = ["site", "step", "error_class", "attempts", "message"]
+    table = pd.concat([part[columns] for part in parts]) if parts else pd.DataFrame(columns=columns)
+    return table.rename(columns={"message": "why"}).reset_index(drop=True)
 
 
 def _find_last(units: pd.DataFrame, index: pd.MultiIndex) -> NDArray[np.intp]:
