@@ -82,6 +82,7 @@ def test_names_of_the_catalogue_stay_names(tmp_path: Path) -> None:
         (MINIMAL + MODELS + "export: {model: other}\n", 9, "found 'other'"),
         (MINIMAL + MODELS + "export: {model: unet+hmm}\n", 9, "found 'unet+hmm'"),
         (MINIMAL + MODELS + "  - {file: b.pt, name: unet}\n", 6, "names that differ"),
+        (MINIMAL + "publish: https://example.org/r\n", 6, "a folder or s3://bucket/prefix"),
         (MINIMAL + "notify: {stall_minutes: 5}\n", 6, "a command or a webhook"),
     ],
 )

@@ -216,6 +216,8 @@ class Dataset:
         fits = self.on_offset_conflict in _POLICIES
         check_field(fits, self, "on_offset_conflict", f"one of {', '.join(_POLICIES)}")
         check_field(self.workers is None or self.workers >= 1, self, "workers", "1 or more")
+        is_other_url = "://" in (self.publish or "") and not str(self.publish).startswith("s3://")
+        check_field(not is_other_url, self, "publish", "a folder or s3://bucket/prefix")
         names = [model.name for model in self.models]
         need(len(set(names)) == len(names), "models", f"names that differ, found {names}")
         self._check_uses(names)
