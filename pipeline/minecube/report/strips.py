@@ -38,6 +38,8 @@ _EDGE_IN = 0.08
 _BAR_M = (100, 200, 500, 1000, 2000, 5000, 10_000, 20_000)
 """Lengths of scale bars."""
 _TITLE_GAP_PT = 5
+_COLUMN_IN = PANEL_IN - _EDGE_IN
+_TALLEST_IN = 2 * PANEL_IN
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class _Panel:
     """An image within the axes of a picture, whose unit is an inch from the upper left corner."""
 
     axes: Axes
+    cell_in: float
+    """Left side of its column. Titles span the column, since an image may be narrow."""
     left_in: float
     top_in: float
     pixel_in: float
@@ -61,7 +65,7 @@ class _Panel:
     def set_title(self, text: str, loc: str = "center", **style: Any) -> None:
         """Write a title above the image: "left", "center" or "right"."""
         share = {"left": 0.0, "center": 0.5, "right": 1.0}[loc]
-        x = self.left_in + share * self.frame.get_width() * self.pixel_in
+        x = self.cell_in + share * _COLUMN_IN
         y = self.top_in - _TITLE_GAP_PT / 72
         self.axes.text(x, y, text, ha=loc, fontsize=10, color=INK, **style)
 
@@ -155,25 +159,24 @@ def _draw_panels(
     rows = -(-len(images) // 5)
     columns = -(-len(images) // rows)
     height_px, width_px = images[0].shape[:2]
-    row_in = min(2.0, max(0.5, height_px / width_px)) * PANEL_IN
-    image_in = PANEL_IN - _EDGE_IN
+    pixel_in = min(_COLUMN_IN / width_px, _TALLEST_IN / height_px)
+    row_in = height_px * pixel_in + _EDGE_IN
     width_in = PANEL_IN * max(columns, 2) + _EDGE_IN
     height_in = _TITLE_IN + (_CAPTION_IN + row_in) * rows + legend_in
     figure = Figure(figsize=(width_in, height_in), dpi=DPI)
     figure.suptitle(title, y=1 - 0.08 / height_in, fontsize=12, color=INK, fontweight="bold")
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width_in), ylim=(height_in, 0))
     axes.set_axis_off()
-    pixel_in = min(image_in / width_px, (row_in - _EDGE_IN) / height_px)
     margin_in = (width_in - columns * PANEL_IN - _EDGE_IN) / 2
     limits = _find_limits(images)
     panels = []
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
-        centring_in = (image_in - width_px * pixel_in) / 2
-        left_in = margin_in + _EDGE_IN + column * PANEL_IN + centring_in
+        cell_in = margin_in + _EDGE_IN + column * PANEL_IN
+        left_in = cell_in + (_COLUMN_IN - width_px * pixel_in) / 2
         top_in = _TITLE_IN + _CAPTION_IN + row * (_CAPTION_IN + row_in)
         frame = Rectangle((0, 0), width_px, height_px, fill=False, ec="#888888", lw=0.8, zorder=3)
-        panel = _Panel(axes, left_in, top_in, pixel_in, frame)
+        panel = _Panel(axes, cell_in, left_in, top_in, pixel_in, frame)
         _draw_image(panel, image, limits)
         panels.append(panel)
     return figure, panels
