@@ -276,6 +276,9 @@ def test_status_of_an_object_store(bucket, tmp_path):
         (b'"recipe": {', b'"recipe": 5, "x": {'),
         (b'"shape": [', b'"shape": [1], "x": ['),
         (b'"shape": [', b'"shape": ["a", "b"], "x": ['),
+        (b'"shape": [', b'"shape": [-1, -1], "x": ['),
+        (b'"crs": "', b'"crs": ["x"], "y": "'),
+        (b'"recipe": {', b'"recipe": {"id": [1]}, "x": {'),
         (b'"committed": "', b'"committed": "yesterday'),
         (b'"attributes": {', b'"attributes": {"reads": {"lost": 1000000000000000000000000000000},'),
         (b'"node_type": "', b'"node_type": "\xff'),  # text that is not used, and is no UTF-8

@@ -21,6 +21,7 @@ import msgspec
 from minecube.cube.markers import completeness_of, marker_path
 from minecube.cube.store import Store
 from minecube.errors import CubeError
+from minecube.grid import LARGEST_PX
 
 _READERS = 32  # simultaneous requests to an object store
 _BATCH = 10_000
@@ -81,6 +82,12 @@ class _Attributes(msgspec.Struct):
     offset_conflicts: Any = None
     on_offset_conflict: str | None = None
     inputs: str | None = None
+
+
+class _Grid(msgspec.Struct):
+    crs: str
+    transform: list[float]
+    shape: tuple[int, int]
 
 
 class _Marker(msgspec.Struct):
@@ -187,11 +194,8 @@ def _parse(
         datetime.fromisoformat(marker.committed)  # raises ValueError
         lost = int(marker.reads.get("lost", 0))
         grid = _parse_once(marker.grid, _parse_grid, shared)
-        height, width = grid[2]
-        if not (marker.version and height * width > 0 and 0 <= lost <= _MOST_LOST):
-            raise ValueError(
-                "expected a version, two sizes of the grid, and a number of lost reads"
-            )
+        if not (marker.version and 0 <= lost <= _MOST_LOST):
+            raise ValueError("expected a version and a number of lost reads")
         has_conflict = bool(marker.offset_conflicts)
         return Commit(
             site=site,
@@ -223,12 +227,16 @@ def _parse_once(text: msgspec.Raw, parse: Callable[[bytes], Any], shared: dict[b
 
 def _parse_recipe(text: bytes) -> dict[str, Any]:
     recipe = msgspec.json.decode(text, type=dict[str, Any])
-    recipe["id"]  # raises KeyError
+    if not isinstance(recipe["id"], str):
+        raise ValueError("expected the name of a recipe")
     return recipe
 
 
 def _parse_grid(text: bytes) -> tuple[Any, ...]:
-    return grid_key(msgspec.json.decode(text, type=dict[str, Any]))
+    grid = msgspec.json.decode(text, type=_Grid)
+    if not all(0 < side <= LARGEST_PX for side in grid.shape):
+        raise ValueError(f"expected two sizes of the grid, found {grid.shape}")
+    return grid.crs, tuple(grid.transform), grid.shape
 
 
 def list_commits(store: Store, sites: Iterable[str]) -> dict[tuple[str, int], Commit]:
