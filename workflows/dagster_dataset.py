@@ -60,7 +60,7 @@ def site_year(context: dg.AssetExecutionContext) -> Iterator[dg.AssetMaterializa
     dataset = read_dataset()
     options = RunOptions(
         only=SITE_YEAR_STEPS,
-        sites=",".join(sorted({site for site, _ in chosen})),
+        sites=tuple(sorted({site for site, _ in chosen})),
         years=tuple(sorted({year for _, year in chosen})),
     )
     summary = run(dataset, options)
