@@ -211,6 +211,7 @@ def test_grids_of_many_sites_are_those_of_each():
                 shapely.box(x, y + 0.3, x + 0.01, y + 0.31),
             )
         sites.append(Site(id=f"mine_{number}", geometry=shape, margin=float(rng.choice([0, 1000]))))
+    sites.append(Site(id="around", geometry=shapely.box(-179.9, 0, 179.9, 1)))
     sites.append(Site(id="large", geometry=shapely.box(9.0, 40.0, 9.1, 52.0)))
     expected = {}
     for site in sites:
@@ -218,6 +219,6 @@ def test_grids_of_many_sites_are_those_of_each():
             expected[site.id] = grid_of(site)
         except CatalogError:
             continue
-    assert 250 < len(expected) < len(sites) - 2
+    assert 250 < len(expected) < len(sites) - 3
     assert grids_of(sites) == expected
     assert grids_of([]) == {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import pyproj
@@ -64,13 +65,7 @@ def grid_of(site: Site) -> GeoBox:
             "UTM, and with it the grid, spans -80..84"
         )
     crs = CRS(f"EPSG:{_zones_of(np.array([site.geometry]))[0]}")
-    grid = _make_grid(site, project_bounds(site.geometry, crs))
-    if max(grid.shape) > LARGEST_PX:
-        raise CatalogError(
-            f"site {site.id!r} is {grid.shape[1]} x {grid.shape[0]} pixels of {PIXEL_M} m; "
-            f"expected at most {LARGEST_PX} per side, within one UTM zone; split the site"
-        )
-    return grid
+    return _make_grid(site, project_bounds(site.geometry, crs))
 
 
 def grids_of(sites: Iterable[Site]) -> dict[str, GeoBox]:
@@ -89,14 +84,22 @@ def grids_of(sites: Iterable[Site]) -> dict[str, GeoBox]:
         crs = CRS(f"EPSG:{zone}")
         for row, box in zip(rows, _project_all_bounds(shapes[rows], crs), strict=True):
             site = placed[row]
-            grid = _make_grid(site, BoundingBox(*box, crs))
-            if max(grid.shape) <= LARGEST_PX:
-                grids[site.id] = grid
+            with suppress(CatalogError):  # too large
+                grids[site.id] = _make_grid(site, BoundingBox(*box, crs))
     return grids
 
 
 def _make_grid(site: Site, box: BoundingBox) -> GeoBox:
-    return _aligned(box.buffered(site.margin), box.crs)
+    """Make the grid of a projected box. Raises CatalogError if it is too large."""
+    expected = f"expected at most {LARGEST_PX} per side, within one UTM zone; split the site"
+    if not np.isfinite(box.bbox).all():
+        raise CatalogError(f"site {site.id!r} has points that its UTM zone cannot show; {expected}")
+    grid = _aligned(box.buffered(site.margin), box.crs)
+    if max(grid.shape) > LARGEST_PX:
+        raise CatalogError(
+            f"site {site.id!r} is {grid.shape[1]} x {grid.shape[0]} pixels of {PIXEL_M} m; {expected}"
+        )
+    return grid
 
 
 def _zones_of(shapes: AnyArray) -> IntP:

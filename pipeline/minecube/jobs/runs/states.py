@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
@@ -42,6 +43,7 @@ class StaleCheck:
         self._sites = list(inputs.sites)
         self._grids: dict[str, tuple[Any, ...]] = {}
         """Keys of the grids of some sites."""
+        self._lock = threading.Lock()
         self._read_years = functools.cache(self._list_read_years)
 
     def explain(self, commit: Commit) -> str:
@@ -76,12 +78,18 @@ class StaleCheck:
     def _find_grid(self, site: str) -> tuple[Any, ...]:
         grid = self._grids.get(site)
         if grid is None:
-            first = self._sites.index(site)
-            sites = [self._inputs.sites[name] for name in self._sites[first : first + _GRIDS]]
-            grids = grids_of(sites) | {site: grid_of(self._inputs.sites[site])}
-            self._grids = {name: grid_key(describe_grid(grid)) for name, grid in grids.items()}
-            grid = self._grids[site]
+            with self._lock:  # several threads read markers from an object store
+                grid = self._grids.get(site) or self._compute_grids(site)[site]
         return grid
+
+    def _compute_grids(self, site: str) -> dict[str, tuple[Any, ...]]:
+        """Compute the grids of a site and of those that follow."""
+        grid_of(self._inputs.sites[site])  # raises CatalogError for a site without a grid
+        first = self._sites.index(site)
+        chosen = [self._inputs.sites[name] for name in self._sites[first : first + _GRIDS]]
+        grids = grids_of(chosen).items()
+        self._grids = {name: grid_key(describe_grid(grid)) for name, grid in grids}
+        return self._grids
 
     def _list_read_years(self, year: int) -> list[int]:
         return list_read_years(self._inputs.job.recipe, [year])
