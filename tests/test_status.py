@@ -277,6 +277,12 @@ def test_status_of_an_object_store(bucket, tmp_path):
         (b'"shape": [', b'"shape": [1], "x": ['),
         (b'"shape": [', b'"shape": ["a", "b"], "x": ['),
         (b'"shape": [', b'"shape": [-1, -1], "x": ['),
+        (b'"shape": [', b'"shape": [1%b], "x": [' % (b"0" * 400)),
+        (b'"transform": [', b'"transform": [1%b], "x": [' % (b"0" * 400)),
+        (
+            b'"recipe": {',
+            b'"recipe": {"id": "r", "deep": %b%b}, "x": {' % (b"[" * 3000, b"]" * 3000),
+        ),
         (b'"crs": "', b'"crs": ["x"], "y": "'),
         (b'"recipe": {', b'"recipe": {"id": [1]}, "x": {'),
         (b'"committed": "', b'"committed": "yesterday'),

@@ -126,7 +126,7 @@ def iterate_commits(
     damaged: dict[tuple[str, int], CubeError] | None = None,
 ) -> Iterator[Commit]:
     """Yield what `read_commits` returns, in the order of the site-years."""
-    shared: dict[bytes, Any] = {}
+    shared: dict[Any, Any] = {}
     for (site, year), content in _read_all(store, site_years):
         try:
             commit = _parse(store, site, year, content, shared)
@@ -180,11 +180,11 @@ def _read_file(path: str) -> bytes:
 
 
 def _parse(
-    store: Store, site: str, year: int, content: bytes, shared: dict[bytes, Any]
+    store: Store, site: str, year: int, content: bytes, shared: dict[Any, Any]
 ) -> Commit | None:
     """Parse a marker; None if the year is not committed.
 
-    `shared` maps the text of each recipe and grid to its value.
+    `shared` has the value of each text of a recipe or grid.
     """
     try:
         content.decode()  # the parser does not look into the text that it skips
@@ -211,18 +211,25 @@ def _parse(
             offset_rule=marker.on_offset_conflict if has_conflict else None,
             inputs=marker.inputs or "",
         )
-    except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
+    except (
+        msgspec.MsgspecError,
+        ValueError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise CubeError(
             f"{store}: the marker of {site} {year} is damaged ({type(error).__name__}: {error}); "
             "run `minecube verify`"
         ) from error
 
 
-def _parse_once(text: msgspec.Raw, parse: Callable[[bytes], Any], shared: dict[bytes, Any]) -> Any:
-    content = bytes(text)
-    if content not in shared:
-        shared[content] = parse(content)
-    return shared[content]
+def _parse_once(text: msgspec.Raw, parse: Callable[[bytes], Any], shared: dict[Any, Any]) -> Any:
+    key = (parse, bytes(text))
+    if key not in shared:
+        shared[key] = parse(key[1])
+    return shared[key]
 
 
 def _parse_recipe(text: bytes) -> dict[str, Any]:
@@ -234,8 +241,9 @@ def _parse_recipe(text: bytes) -> dict[str, Any]:
 
 def _parse_grid(text: bytes) -> tuple[Any, ...]:
     grid = msgspec.json.decode(text, type=_Grid)
-    if not all(0 < side <= LARGEST_PX for side in grid.shape):
-        raise ValueError(f"expected two sizes of the grid, found {grid.shape}")
+    sizes_fit = all(0 < side <= LARGEST_PX for side in grid.shape)
+    if len(grid.transform) != 6 or not sizes_fit:
+        raise ValueError("expected the transform and two sizes of the grid")
     return grid.crs, tuple(grid.transform), grid.shape
 
 
