@@ -236,6 +236,14 @@ def test_clouds_in_one_image_do_not_darken_the_others(tmp_path):
     assert heights[0] / heights[1] == pytest.approx(1 / 4, abs=0.02)
 
 
+def test_images_of_several_shapes_are_refused(tmp_path):
+    ground = red_cube([2020]).reflectance.sel(year=2020)
+    images = {"whole": ground, "part": ground[:, :, :20]}
+    with pytest.raises(CubeError, match="pit: expected images of one shape"):
+        draw_comparison(images, tmp_path / "c.png", "pit")
+    assert not (tmp_path / "c.png").exists()
+
+
 # --- areas --------------------------------------------------------------------------------------------------------------
 
 

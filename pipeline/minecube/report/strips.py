@@ -98,11 +98,10 @@ def draw_strip(
             )
     styles = dict(zip(footprints, OUTLINES, strict=False))
     figure, panels = _draw_panels(images, title, legend_in=0.35 * bool(footprints))
-    counts = cube.clear_count.transpose("year", "y", "x").to_numpy()
-    for panel, year, image, count in zip(panels, years, images, counts, strict=True):
+    for panel, year, image in zip(panels, years, images, strict=True):
         dates = "no observation"
         if image.any():
-            dates = f"{np.median(count):.0f} clear dates"
+            dates = f"{np.median(cube.clear_count.sel(year=year)):.0f} clear dates"
         panel.set_title(str(year), loc="left", fontweight="bold")
         panel.set_title(dates, loc="right")
     for name, (colour, width) in styles.items():
@@ -126,9 +125,14 @@ def draw_comparison(images: Mapping[str, xr.DataArray], out: Path, title: str) -
     shape.
 
     Raises:
-        CubeError: A band of true colour is missing or the file cannot be written.
+        CubeError: A band of true colour is missing, shapes differ, or the file cannot be written.
     """
     rgb = [_read_rgb(image, caption) for caption, image in images.items()]
+    shapes = {caption: image.shape[:2] for caption, image in zip(images, rgb, strict=True)}
+    if len(set(shapes.values())) > 1:
+        raise CubeError(
+            f"{title}: expected images of one shape, found {shapes}; cut them to one grid"
+        )
     figure, panels = _draw_panels(rgb, title, legend_in=0)
     for panel, caption in zip(panels, images, strict=True):
         panel.set_title(caption)
