@@ -48,15 +48,18 @@ years = dg.StaticPartitionsDefinition([str(year) for year in read_dataset().year
 site_years = dg.MultiPartitionsDefinition({"site": sites, "year": years})
 
 
-@dg.asset(partitions_def=site_years, retry_policy=_RETRIES, output_required=False)
-def site_year(context: dg.AssetExecutionContext) -> Iterator[dg.AssetMaterialization]:
+@dg.asset(partitions_def=site_years, retry_policy=_RETRIES)
+def site_year(context: dg.AssetExecutionContext) -> None:
     """Search and build one site-year, or those of a range of partitions.
 
-    Each site-year that is built becomes an event of its own. If others of the range fail, Dagster
-    shows only those as failed.
+    If some of a range fail, the others are recorded all the same, and Dagster shows only those as
+    failed.
     """
-    keys = [site_years.get_partition_key_from_str(key) for key in context.partition_keys]
-    chosen = {(key.keys_by_dimension["site"], int(key.keys_by_dimension["year"])) for key in keys}
+    chosen = {_split(key) for key in context.partition_keys}
+    if not chosen:
+        raise dg.Failure(
+            "the range has no partitions; its end is before its start", allow_retries=False
+        )
     dataset = read_dataset()
     options = RunOptions(
         only=SITE_YEAR_STEPS,
@@ -67,12 +70,26 @@ def site_year(context: dg.AssetExecutionContext) -> Iterator[dg.AssetMaterializa
     failed = {(unit.site, unit.year) for unit in summary.failures}
     store = cube.Store.connect(dataset.store)
     for site, year in sorted(chosen - failed):
-        yield dg.AssetMaterialization(
-            context.asset_key,
-            partition=dg.MultiPartitionKey({"site": site, "year": str(year)}),
-            metadata=_describe_cube(store, site, year),
-        )
+        partition = _join(site, year)
+        metadata = _describe_cube(store, site, year)
+        if summary.exit_code:
+            event = dg.AssetMaterialization(
+                context.asset_key, partition=partition, metadata=metadata
+            )
+            context.log_event(event)
+        else:  # Dagster records all partitions at the end
+            context.add_asset_metadata(metadata, partition_key=partition)
     _raise_failures(summary)
+
+
+def _split(key: str) -> tuple[str, int]:
+    """Split the key of a partition into site and year."""
+    names = site_years.get_partition_key_from_str(key).keys_by_dimension
+    return names["site"], int(names["year"])
+
+
+def _join(site: str, year: int) -> dg.MultiPartitionKey:
+    return dg.MultiPartitionKey({"site": site, "year": str(year)})
 
 
 def _describe_cube(
@@ -126,8 +143,7 @@ def each_january() -> Iterator[dg.RunRequest]:
     """Build the last year of the dataset for all sites. Add the year to dataset.yaml before."""
     dataset = read_dataset()
     for site in load_inputs(dataset).sites:
-        key = dg.MultiPartitionKey({"site": site, "year": str(dataset.years[-1])})
-        yield dg.RunRequest(partition_key=key)
+        yield dg.RunRequest(partition_key=_join(site, dataset.years[-1]))
 
 
 @dg.schedule(cron_schedule="0 3 20 1 *", job=results_job)
@@ -159,10 +175,7 @@ def _request_years(site: str, of_years: Sequence[int]) -> dg.RunRequest:
 
     A range over several sites would be unsafe: it has all years between those of its two ends.
     """
-    first, last = (
-        dg.MultiPartitionKey({"site": site, "year": str(year)})
-        for year in (of_years[0], of_years[-1])
-    )
+    first, last = _join(site, of_years[0]), _join(site, of_years[-1])
     return dg.RunRequest(tags={_RANGE_START: first, _RANGE_END: last})
 
 
