@@ -224,7 +224,7 @@ def test_a_scheduler_that_is_killed_ends_the_run(world, tmp_path):
 def test_workers_that_always_end_fail_the_unit(world, tmp_path):
     """Dask alone would start it again for ever."""
     with start_scheduler(workers=1, allowed_failures=100) as cluster:
-        entry = {"title": "Leaving", "kind": "dask", "wait_minutes": 1}
+        entry = {"title": "Leaving", "kind": "dask", "wait_minutes": 5}
         entry["address"] = cluster.scheduler_address
         path = write_dataset(world, tmp_path, {"leaving": entry}, engine="leaving", years="2020")
         with blocked_builds(path):
