@@ -10,6 +10,7 @@ from dataclasses import replace
 import geopandas as gpd
 import pandas as pd
 import pytest
+import shapely
 from click.testing import CliRunner
 
 from known_scenes import site_of
@@ -104,6 +105,26 @@ def test_each_state(dataset):
     assert strict["state"] == "stale"
     assert strict["why"] == "more reads were lost (3) than min_read_completeness allows"
     assert status.km2 == pytest.approx(3 * 0.48 * 0.48)  # three years of 48 x 48 pixels of 10 m
+
+
+@pytest.mark.parametrize(
+    ("polygon", "reason"),
+    [
+        (None, "has no area of interest yet"),
+        (shapely.box(-179.9, 0, 179.9, 1), "expected at most 100000 per side"),
+    ],
+)
+def test_a_site_without_a_grid_hides_no_other(dataset, polygon, reason):
+    path, store, (pit, pond) = dataset
+    commit(store, pit, 2019)
+    commit(store, pond, 2019)
+    frame = gpd.read_file(path.with_name("sites.geojson"))
+    frame.loc[frame["id"] == "pond", "geometry"] = polygon
+    frame.to_file(path.with_name("sites.geojson"))
+    status = read_status(load_dataset(path))
+    assert states_of(status)["pit 2019"] == "done"
+    assert states_of(status)["pond 2019"] == "failed"
+    assert reason in status.site_years.loc[("pond", 2019), "why"]
 
 
 def test_a_failed_step_says_why(dataset):

@@ -71,7 +71,7 @@ def grid_of(site: Site) -> GeoBox:
 def grids_of(sites: Iterable[Site]) -> dict[str, GeoBox]:
     """Return the grids of many sites by name. Sites for which `grid_of` raises are left out.
 
-    It takes a fifth of the time of `grid_of` for each, since whole zones are projected at once.
+    It takes a third of the time of `grid_of` for each, since whole zones are projected at once.
     """
     placed = [site for site in sites if site.geometry is not None]
     shapes = np.array([site.geometry for site in placed], dtype=object)
