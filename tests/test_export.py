@@ -165,6 +165,22 @@ def exported(tmp_path_factory):
 # --- COGs ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("shape", "tile", "overviews"),
+    [((48, 48), 48, []), ((50, 40), 64, []), ((512, 300), 512, []), ((520, 300), 512, [2])],
+)
+def test_an_image_that_fits_into_one_tile_fills_it(tmp_path, shape, tile, overviews):
+    """The sides of TIFF's tiles are multiples of 16."""
+    grid = GeoBox(shape, GRID.affine, GRID.crs)
+    cube = cube_on(grid, [2020])[["reflectance"]]
+    (path,) = write_cogs(cube, grid, tmp_path, "pit")
+    assert cog_validate(path, strict=True) == (True, [], [])
+    with rasterio.open(path) as src:
+        assert set(src.block_shapes) == {(tile, tile)}
+        assert src.overviews(1) == overviews
+        assert np.array_equal(src.read(), cube.reflectance.sel(year=2020).values)
+
+
 def test_every_cog_is_one_and_holds_the_cubes_values(exported):
     _, cube, cogs = exported
     names = [
