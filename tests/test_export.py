@@ -33,6 +33,7 @@ from stac_geoparquet.arrow import stac_table_to_items
 from minecube.catalog import BANDS
 from minecube.errors import CubeError
 from minecube.export import (
+    make_asset,
     write_cogs,
     write_footprints,
     write_items,
@@ -157,8 +158,8 @@ def exported(tmp_path_factory):
     cogs = write_cogs(cube, GRID, out / "pit", "pit")
     write_footprints(footprints(), out / "footprints.parquet")
     items = write_items(out, cogs, title="Three pits")
-    tables = {"truth": out / "footprints.parquet"}
-    write_stac(out, items, tables, title="Three pits", description="A test.")
+    assets = {"truth": make_asset("truth", out / "footprints.parquet", out)}
+    write_stac(out, items, assets, title="Three pits", description="A test.")
     return out, cube, cogs
 
 
@@ -568,12 +569,11 @@ def test_what_cannot_be_listed_is_refused(tmp_path):
         with pytest.raises(CubeError, match=says):
             write_items(out, cogs, title="t")
     assert not list(tmp_path.rglob("*.json"))
-    items = write_items(tmp_path / "out", [cog], title="t")
-    for out, listed, tables, says in [
-        (tmp_path / "in", [], {}, "expected images for the collection, found none"),
-        (tmp_path / "out", items, {"truth": stranger}, "lies outside"),
-        (tmp_path / "out", items, {"truth": tmp_path / "out" / "none.parquet"}, "cannot be read"),
-    ]:
-        with pytest.raises(CubeError, match=says):
-            write_stac(out, listed, tables, title="t", description="a")
+    write_items(tmp_path / "out", [cog], title="t")
+    with pytest.raises(CubeError, match="expected images for the collection, found none"):
+        write_stac(tmp_path / "in", [], {}, title="t", description="a")
+    with pytest.raises(CubeError, match="lies outside"):
+        make_asset("truth", stranger, tmp_path / "out")
+    with pytest.raises(CubeError, match="cannot be read"):
+        make_asset("truth", tmp_path / "out" / "none.parquet", tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*.json")] == ["pit_2020.json"]

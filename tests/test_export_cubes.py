@@ -28,6 +28,7 @@ from odc.geo.xr import xr_coords
 from minecube.catalog import BANDS
 from minecube.errors import CubeError
 from minecube.export import (
+    make_asset,
     write_cogs,
     write_items,
     write_netcdf,
@@ -490,8 +491,9 @@ def test_the_collection_lists_whole_cubes_with_their_dimensions(tmp_path):
         "zarr2": write_zarr2(cube, grid, tmp_path / "pit" / "pit.v2.zarr", "pit"),
     }
     items = write_items(tmp_path, cogs, title="t")
+    assets = {key: make_asset(key, path, tmp_path) for key, path in whole.items()}
     collection = pystac.Collection.from_file(
-        str(write_stac(tmp_path, items, whole, title="t", description="a"))
+        str(write_stac(tmp_path, items, assets, title="t", description="a"))
     )
     for key, path in whole.items():
         asset = collection.assets[key]

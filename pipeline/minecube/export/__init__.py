@@ -28,6 +28,7 @@ from minecube.export.croissant import write_croissant
 from minecube.export.images import write_cogs, write_footprints, write_layers, write_table
 from minecube.export.netcdf import write_netcdf
 from minecube.export.stac import STAC_VERSION, Item, write_items, write_stac
+from minecube.export.stac_fields import make_asset
 from minecube.export.zarrs import write_zarr, write_zarr2
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Item",
     "format_credits",
     "list_credits",
+    "make_asset",
     "write_cogs",
     "write_croissant",
     "write_footprints",

@@ -73,3 +73,11 @@ def make_href(path: Path, folder: Path) -> str:
     if relative.startswith("."):
         return relative
     return f"./{relative}"
+
+
+def need_inside(path: Path, folder: Path) -> None:
+    """Raise CubeError for a file outside the collection's folder."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CubeError(
+            f"{path}: lies outside {folder}, where the collection lists files; export it there"
+        )

@@ -24,7 +24,7 @@ from shapely.geometry import box
 
 from minecube.errors import CubeError
 from minecube.export.credits import Credit
-from minecube.export.files import describe_file, make_href, open_draft
+from minecube.export.files import describe_file, make_href, need_inside, open_draft
 from minecube.export.stac_fields import (
     MEDIA,
     describe_grid,
@@ -32,7 +32,6 @@ from minecube.export.stac_fields import (
     make_image_asset,
     make_label_fields,
     make_processing_fields,
-    make_table_asset,
     measure_dimensions,
     middle_of,
     parse_credits,
@@ -82,7 +81,8 @@ def write_items(out: Path, cogs: Iterable[Path], *, title: str) -> list[Item]:
     site_years: dict[Path, list[Path]] = {}
     for cog in sorted(cogs):
         site_years.setdefault(cog.with_name(cog.stem.rpartition("_")[0] + ".json"), []).append(cog)
-    _need_inside(out, site_years)
+    for path in site_years:
+        need_inside(path, out)
     items = []
     for path, cogs_of_year in site_years.items():
         images = [_read_image(cog) for cog in cogs_of_year]
@@ -95,7 +95,7 @@ def write_items(out: Path, cogs: Iterable[Path], *, title: str) -> list[Item]:
 def write_stac(
     out: Path,
     items: Iterable[Item],
-    tables: Mapping[str, Path],
+    assets: Mapping[str, dict[str, Any]],
     *,
     title: str,
     description: str,
@@ -110,23 +110,20 @@ def write_stac(
     Args:
         out: The common folder, also of collection.json.
         items: Items of images below `out`.
-        tables: Asset key -> file below `out`: footprints as GeoParquet or GeoPackage, whole cubes
-            as NetCDF or Zarr.
+        assets: Asset key -> asset made by `make_asset`.
         title: The collection's title, also the basis of its id. The items have the same.
         description: Description for people. The attribution required by the Copernicus terms is added.
 
     Raises:
-        CubeError: there is no item, a file lies outside `out` or cannot be read, or writing fails.
+        CubeError: there is no item, or writing fails.
     """
     items = sorted(items, key=lambda item: item.path)
     if not items:
         raise CubeError(
             f"{out}: expected images for the collection, found none; export images first"
         )
-    _need_inside(out, tables.values())
     inputs = dict.fromkeys(credit for item in items for credit in item.inputs)
     imagery_first = sorted(inputs, key=lambda credit: credit.kind != "imagery")
-    assets = {key: make_table_asset(key, table, out) for key, table in tables.items()}
     collection = {
         "type": "Collection",
         "stac_version": STAC_VERSION,
@@ -145,15 +142,6 @@ def write_stac(
 
 def _make_id(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
-def _need_inside(out: Path, paths: Iterable[Path]) -> None:
-    """Raise CubeError for a file outside the collection's folder."""
-    for path in paths:
-        if not path.resolve().is_relative_to(out.resolve()):
-            raise CubeError(
-                f"{path}: lies outside {out}, where the collection lists files; export it there"
-            )
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from odc.geo import CRS
 from minecube.codes import BACKGROUND, MINE, UNKNOWN
 from minecube.errors import CubeError
 from minecube.export.credits import Credit
-from minecube.export.files import describe_file, make_href
+from minecube.export.files import describe_file, make_href, need_inside
 from minecube.export.layers import LAYERS, SPECTRUM
 
 MEDIA = {
@@ -160,11 +160,20 @@ def _describe_band(band: str) -> dict[str, Any]:
     return {"name": band, "common_name": common_name, "center_wavelength": centre_um}
 
 
-def make_table_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
-    """Build the asset of a footprint table or of a cube with its dimensions.
+def make_asset(key: str, path: Path, out: Path) -> dict[str, Any]:
+    """Build the STAC asset of a footprint table or of a whole cube with its dimensions.
 
     A Zarr is a folder and therefore has no checksum.
+
+    Args:
+        key: The asset's name, part of its title.
+        path: Footprints as GeoParquet or GeoPackage, or a whole cube as NetCDF or Zarr.
+        out: The folder of the collection that will list the asset. It contains `path`.
+
+    Raises:
+        CubeError: the file lies outside `out`, or cannot be read.
     """
+    need_inside(path, out)
     media = {"type": MEDIA[path.suffix]}
     if path.suffix in (".parquet", ".gpkg"):
         file = describe_file(path, out, f"Mine footprints as polygons: {key}")

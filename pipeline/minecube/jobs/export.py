@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import geopandas as gpd
 import pandas as pd
@@ -53,6 +53,8 @@ class _Exported:
     items: list[export.Item] = field(default_factory=list)
     cubes: dict[str, Path] = field(default_factory=dict)
     """Asset key -> file or folder with all years of a site."""
+    assets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Asset key -> STAC asset of such a cube."""
     credits: dict[export.Credit, None] = field(default_factory=dict)
     outlines: dict[str, list[gpd.GeoDataFrame]] = field(default_factory=dict)
     """Kind of footprints -> outlines of each site, EPSG:4326."""
@@ -66,6 +68,7 @@ class _Exported:
         self.images += part.images
         self.items += part.items
         self.cubes |= part.cubes
+        self.assets |= part.assets
         self.credits |= part.credits
         self.commits += part.commits
         for kind, outlines in part.outlines.items():
@@ -106,7 +109,8 @@ def export_sites(
     recipe = next(iter(cube.read_markers(store, sites[0]).values()))["recipe"]["title"]
     text = f"Annual Sentinel-2 composites of mines. {recipe}."
     if "cog" in options.formats:
-        assets = {**tables, **exported.cubes}
+        assets = {key: export.make_asset(key, path, folder) for key, path in tables.items()}
+        assets |= exported.assets
         export.write_stac(folder, exported.items, assets, title=_TITLE, description=text)
     files = list(exported.cubes.values())
     if "croissant" in options.formats:
@@ -171,6 +175,8 @@ def _export_site(store: cube.Store, site: str, folder: Path, options: ExportOpti
         return exported
     exported.images += export.write_cogs(dataset, grid, folder / site, site)
     exported.items += export.write_items(folder, exported.images, title=_TITLE)
+    for key, path in exported.cubes.items():
+        exported.assets[key] = export.make_asset(key, path, folder)
     areas = {}
     for kind, footprint in footprints.items():
         outlines = _outline(footprint, grid, site, options.min_area_m2)
