@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import dask
 import geopandas as gpd
 import pandas as pd
 import xarray as xr
@@ -54,7 +55,7 @@ class _Exported:
     cubes: dict[str, Path] = field(default_factory=dict)
     """Asset key -> file or folder with all years of a site."""
     assets: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Asset key -> STAC asset of such a cube."""
+    """Asset key -> STAC asset of that file or folder."""
     credits: dict[export.Credit, None] = field(default_factory=dict)
     outlines: dict[str, list[gpd.GeoDataFrame]] = field(default_factory=dict)
     """Kind of footprints -> outlines of each site, EPSG:4326."""
@@ -140,7 +141,9 @@ def _export_each(
         return
     end_unguarded_import()
     with open_processes(workers, __name__) as processes:
-        tasks = [processes.submit(_export_site, store, site, folder, options) for site in sites]
+        tasks = [
+            processes.submit(_export_on_one_core, store, site, folder, options) for site in sites
+        ]
         for site, task in zip(sites, tasks, strict=True):
             try:
                 yield task.result()
@@ -149,6 +152,14 @@ def _export_each(
                     f"{site}: its process died, most often for lack of memory; export fewer sites "
                     "at a time"
                 ) from error
+
+
+def _export_on_one_core(
+    store: cube.Store, site: str, folder: Path, options: ExportOptions
+) -> _Exported:
+    """Export a site in a worker. Dask threads of several workers would slow each other down."""
+    with dask.config.set(scheduler="synchronous"):
+        return _export_site(store, site, folder, options)
 
 
 def _export_site(store: cube.Store, site: str, folder: Path, options: ExportOptions) -> _Exported:
