@@ -42,18 +42,18 @@ def write_cogs(cube: xr.Dataset, grid: GeoBox, out: Path, site: str) -> list[Pat
         CubeError: the cube does not match the grid, or writing fails.
     """
     need_on_grid(cube, grid, site)
+    names = [name for name in LAYERS if name in cube]
     paths = []
-    for year in cube.year.to_numpy():
+    for number, year in enumerate(cube.year.to_numpy()):
         build = cube.attrs.get("builds", {}).get(int(year), {})
-        for name in LAYERS:
-            if name not in cube:
-                continue
-            layer = cube[name].sel(year=year)
+        layers = cube[names].isel(year=[number])
+        for name in names:
+            layer = layers[name].squeeze("year")
             if (layer.to_numpy() == LAYERS[name].nodata).all():
                 log.info("%s %s: %s has only nodata; no file is written", site, year, name)
                 continue
             tags = {"site": site, "year": str(year), "variable": name}
-            tags |= _make_credit_tags(cube[[name]].sel(year=[year]))
+            tags |= _make_credit_tags(layers[[name]])
             if name != "footprint":
                 tags |= _make_build_tags(build)
             path = out / f"{site}_{year}_{name}.tif"

@@ -13,12 +13,14 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import rasterio
 import stac_geoparquet.arrow
+from rasterio.coords import BoundingBox
 from rasterio.warp import transform_bounds, transform_geom
 from shapely.geometry import box
 
@@ -197,12 +199,13 @@ def _read_image(path: Path) -> _Image:
     """Read an image made by `write_cogs`; raise CubeError for any other file."""
     try:
         with rasterio.open(path, driver="GTiff") as image:
+            bbox, geometry = _locate(image.crs.to_string(), image.bounds)
             return _Image(
                 tags=image.tags(),
                 asset=make_image_asset(path, image),
                 grid=describe_grid(image),
-                bbox=transform_bounds(image.crs, 4326, *image.bounds),
-                geometry=transform_geom(image.crs, 4326, box(*image.bounds).__geo_interface__),
+                bbox=bbox,
+                geometry=geometry,
                 dimensions=measure_dimensions(image),
                 labels=make_label_fields(image),
             )
@@ -210,6 +213,15 @@ def _read_image(path: Path) -> _Image:
         raise CubeError(
             f"{path}: expected an image written by write_cogs ({error}); export it again"
         ) from error
+
+
+@lru_cache(maxsize=1)  # images of one site have the same bounds
+def _locate(
+    crs: str, bounds: BoundingBox
+) -> tuple[tuple[float, float, float, float], dict[str, Any]]:
+    """Return bounding box and GeoJSON outline of an image, in longitude and latitude."""
+    geometry = transform_geom(crs, 4326, box(*bounds).__geo_interface__)
+    return transform_bounds(crs, 4326, *bounds), geometry
 
 
 def _list_inputs(images: Iterable[_Image]) -> list[Credit]:
