@@ -203,6 +203,7 @@ def _draw_image(panel: _Panel, image: UInt16, limits: tuple[float, float]) -> No
     low, high = limits
     shades = np.clip((image - low) / (high - low), 0, 1) ** 0.6  # gamma brightens dark forest
     opaque = (image > 0).all(axis=-1, keepdims=True)
+    rgba = np.concatenate([shades, opaque], axis=-1)
     ground = Rectangle((0, 0), width, height, lw=0, zorder=0, **UNOBSERVED)
     for patch in (ground, panel.frame):
         patch.set_transform(panel.transform)
@@ -210,7 +211,7 @@ def _draw_image(panel: _Panel, image: UInt16, limits: tuple[float, float]) -> No
     right_in = panel.left_in + width * panel.pixel_in
     bottom_in = panel.top_in + height * panel.pixel_in
     panel.axes.imshow(
-        np.concatenate([shades, opaque], axis=-1),
+        np.rint(255 * rgba).astype(np.uint8),
         extent=(panel.left_in, right_in, bottom_in, panel.top_in),
         aspect="auto",
         interpolation="antialiased",
