@@ -5,20 +5,22 @@ to other files and hosts. `open_image` uses one of two single-file drivers, and 
 files. A GeoTIFF may still name another file for its overviews. `open_image` refuses the image
 before GDAL opens that file.
 
-`is_cut` walks through the directories of a TIFF by itself. GDAL opens a cut file without an error,
-and then lacks its location, fill value or mask.
+`find_directories` walks through the directories of a TIFF by itself. GDAL opens a cut file without
+an error, and then lacks its location, fill value or mask.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import rasterio
 
+from minecube.arrays import AnyArray
 from minecube.network import ForbiddenError
 
 SETTINGS = {
@@ -49,7 +51,11 @@ _VALUE_BYTES = {
     **dict.fromkeys((5, 10, 12, 16, 17, 18), 8),
 }
 """Type of a TIFF field -> bytes of one value."""
+_KINDS = {1: "u1", 2: "S1", 3: "u2", 4: "u4", 12: "f8", 16: "u8"}
+"""Type of a TIFF field -> the same type in numpy."""
+_ORDERS: dict[str, Literal["little", "big"]] = {"<": "little", ">": "big"}
 _DIRECTORIES = 32  # of a TIFF: one per image, overview and mask
+_MOST_VALUE_BYTES = 2**24
 _FIELDS = 4096  # of a directory: a GeoTIFF has a few dozen
 
 
@@ -57,40 +63,82 @@ class TooLargeError(ForbiddenError):
     """An image with a header beyond the allowed size."""
 
 
-def is_cut(read: Callable[[int, int], bytes], size: int) -> bool:
-    """Return whether a file is empty, or a GeoTIFF or JPEG 2000 file cut within its header.
+@dataclass(frozen=True)
+class Directory:
+    """The fields of one image, overview or mask in a TIFF file."""
 
-    `read` returns the bytes at a position and of a length. With fewer bytes, the check ends. `size`
-    is that of the file, in bytes.
+    order: str
+    """Byte order, in the notation of `struct`."""
+    fields: Mapping[int, tuple[int, int, bytes]]
+    """Tag -> type, number of values, and their bytes or offset."""
+    read: Callable[[int, int], bytes]
+    """Returns the bytes at a position and of a length."""
+
+    def values(self, tag: int) -> AnyArray:
+        """Read the values of a field of numbers or text; empty if it is missing.
+
+        Raises KeyError for a field of another type, ValueError for one with too many values.
+        """
+        kind, count, content = self.fields.get(tag, (1, 0, b""))
+        length = count * np.dtype(_KINDS[kind]).itemsize
+        if length > _MOST_VALUE_BYTES:
+            raise ValueError(f"field {tag}: expected at most {_MOST_VALUE_BYTES:,} bytes")
+        if length > len(content):
+            offset = int.from_bytes(content, _ORDERS[self.order])
+            content = self.read(offset, length)
+        return np.frombuffer(content[:length], f"{self.order}{_KINDS[kind]}")
+
+
+class Directories(NamedTuple):
+    """What was found in a TIFF file."""
+
+    found: list[Directory]
+    is_cut: bool
+    """True for a file that is empty, or ends within a directory or its values."""
+    is_whole: bool
+    """True if all directories were found."""
+
+
+def find_directories(read: Callable[[int, int], bytes], size: int) -> Directories:
+    """Find the directories of a TIFF file: none in a file of another format.
+
+    `read` returns the bytes at a position and of a length. With fewer bytes, the search ends.
+    `size` is that of the file, in bytes.
     """
+    found: list[Directory] = []
     beginning = read(0, SIGNATURE)
     if size < SIGNATURE:
-        return any(signature.startswith(beginning[: len(signature)]) for signature in _DRIVERS)
+        is_cut = any(signature.startswith(beginning[: len(signature)]) for signature in _DRIVERS)
+        return Directories(found, is_cut, False)
     if _DRIVERS.get(beginning[:4]) != "GTiff":
-        return False
+        return Directories(found, False, False)
     layout = _layout_of(beginning)
     position = layout.start
     for _ in range(_DIRECTORIES):
         directory = _read_number(read, layout.offset, position)
         if not directory:  # the last directory
-            return position + struct.calcsize(layout.offset) > size
+            is_cut = position + struct.calcsize(layout.offset) > size
+            return Directories(found, is_cut, directory == 0)
         start = directory + struct.calcsize(layout.count)
         if start > size:
-            return True
+            return Directories(found, True, False)
         fields = _read_number(read, layout.count, directory)
         if fields is None or fields > _FIELDS:
-            return False
+            break
         position = start + fields * struct.calcsize(layout.field)
         if position + struct.calcsize(layout.offset) > size:
-            return True
+            return Directories(found, True, False)
         content = read(start, position - start)
         if len(content) < position - start:
-            return False
-        for _, kind, values, value in struct.iter_unpack(layout.field, content):
+            break
+        entries = list(struct.iter_unpack(layout.field, content))
+        for _, kind, values, value in entries:
             length = values * _VALUE_BYTES.get(kind, 0)
             if length > len(value) and struct.unpack(layout.offset, value)[0] + length > size:
-                return True
-    return False
+                return Directories(found, True, False)
+        fields_by_tag = {tag: (kind, values, value) for tag, kind, values, value in entries}
+        found.append(Directory(layout.offset[0], fields_by_tag, read))
+    return Directories(found, False, False)
 
 
 @dataclass(frozen=True)

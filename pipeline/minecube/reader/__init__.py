@@ -3,11 +3,15 @@
 A file is a GeoTIFF or JPEG 2000 at a local path, http(s):// or s3://. A failed read raises, or is
 recorded as lost if the `Ledger` allows this. An error never becomes an unrecorded zero.
 
-One thread opens, reads and closes a dataset within one read. All threads share the header bytes and
+GeoTIFFs are read by their tiles, without GDAL. GDAL reads JPEG 2000 and unusual GeoTIFFs, and warps
+the pixels that do not fit the grid.
+
+One thread opens, reads and closes a file within one read. All threads share the header bytes and
 the connections (`remote`), so nothing is requested twice.
 
     assets.py       one band of one scene, counted: `read_band`, `start_read`
     raster.py       one file, opened with care: `read`
+    tiles.py        its tiles, fetched, checked and decoded
     gridding.py     its pixels, placed on the grid or warped
     stacking.py     many scenes, lazily, by stackstac: `stack`
     ledger.py       counts of all reads

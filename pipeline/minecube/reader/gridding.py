@@ -9,25 +9,36 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import rasterio
+from affine import Affine
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
-from rasterio.enums import MaskFlags, Resampling
+from rasterio.enums import Resampling
 from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
 from rasterio.windows import Window, from_bounds
 
 from minecube.arrays import UInt16
-from minecube.reader.transfer import Tally
 
 _SAME = 1e-3  # pixels: corners this close are the same, as whole metres in UTM
 _SAME_SIZE = 1e-6  # pixel sizes must agree better: errors add up over 10980 pixels
 _STRIP_PX = 2**23  # pixels of a file warped at once: 16 MB, a site of 29 km at 10 m
-_MOST_DN = 32767  # higher numbers are defects and fill values: no ground or cloud is brighter
+
+
+class Image(Protocol):
+    """An open image with one band."""
+
+    crs: rasterio.CRS | None
+    transform: Affine
+    height: int
+    width: int
+
+    def read(self, rows: range, columns: range, out: UInt16 | None = None) -> UInt16:
+        """Read a window within the image: uint16 [y, x], 0 at invalid pixels."""
 
 
 class Nesting(NamedTuple):
@@ -55,7 +66,7 @@ def _same_crs(wkt: str, crs: CRS) -> bool:
     return bool(crs == wkt)
 
 
-def nesting_of(image: rasterio.DatasetReader, grid: GeoBox) -> Nesting | None:
+def nesting_of(image: Image, grid: GeoBox) -> Nesting | None:
     """Return the place of the file's pixels in the grid; None if they do not nest."""
     t = image.transform
     size = abs(grid.resolution.x)
@@ -75,17 +86,11 @@ def nesting_of(image: rasterio.DatasetReader, grid: GeoBox) -> Nesting | None:
     return nesting
 
 
-def read_nested(
-    image: rasterio.DatasetReader,
-    grid: GeoBox,
-    nesting: Nesting,
-    tally: Tally,
-    out: UInt16 | None = None,
-) -> UInt16:
+def read_nested(image: Image, grid: GeoBox, nesting: Nesting, out: UInt16 | None = None) -> UInt16:
     """Read a window of an open file, each pixel repeated by the ratio of sizes.
 
-    Returns uint16 (y, x), 0 at invalid pixels and outside the file. `tally` counts the bytes of
-    local files. The pixels are put into `out` if given, which avoids a copy.
+    Returns uint16 (y, x), 0 at invalid pixels and outside the file. The pixels are put into `out`
+    if given, which avoids a copy.
     """
     ratio, dx, dy = nesting
     height, width = grid.shape
@@ -94,12 +99,9 @@ def read_nested(
     rows = range(max(dy // ratio, 0), min(-(-(dy + height) // ratio), image.height))
     if not columns or not rows:
         return copy_to(np.zeros((height, width), dtype=np.uint16), out)
-    window = Window(columns.start, rows.start, len(columns), len(rows))
-    _count_stored(image, window, tally)
-    covers_grid = ratio == 1 and (len(rows), len(columns)) == (height, width)
-    if covers_grid and image.dtypes[0] == "uint16":
-        return _read_valid(image, window, out)
-    pixels = _read_valid(image, window).repeat(ratio, axis=0).repeat(ratio, axis=1)
+    if ratio == 1 and (len(rows), len(columns)) == (height, width):
+        return image.read(rows, columns, out)
+    pixels = image.read(rows, columns).repeat(ratio, axis=0).repeat(ratio, axis=1)
     # Place of the first file pixel on the grid; negative: cut.
     y = rows.start * ratio - dy
     x = columns.start * ratio - dx
@@ -109,12 +111,9 @@ def read_nested(
     return copy_to(on_grid, out)
 
 
-def warp(
-    image: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling, tally: Tally
-) -> UInt16:
+def warp(image: Image, grid: GeoBox, resampling: Resampling) -> UInt16:
     """Resample an open file onto a grid, in strips: uint16 (y, x), 0 at invalid pixels."""
     window = _window_of(image, grid)
-    _count_stored(image, window, tally)
     height = grid.shape[0]
     pixels_per_row = min(window.width, image.width) * (window.height / height)
     rows = max(int(_STRIP_PX / max(pixels_per_row, 1)), 1)
@@ -125,13 +124,13 @@ def warp(
     return warped
 
 
-def _window_of(image: rasterio.DatasetReader, grid: GeoBox) -> Window:
+def _window_of(image: Image, grid: GeoBox) -> Window:
     """Return the file's window of the grid, in fractions of pixels."""
     bounds = transform_bounds(grid.crs.to_wkt(), image.crs, *grid.boundingbox)
     return from_bounds(*bounds, transform=image.transform)
 
 
-def _warp_strip(image: rasterio.DatasetReader, grid: GeoBox, resampling: Resampling) -> UInt16:
+def _warp_strip(image: Image, grid: GeoBox, resampling: Resampling) -> UInt16:
     """Resample the file's own pixels, never its overviews.
 
     Averages in an overview may contain invalid pixels.
@@ -149,7 +148,6 @@ def _warp_strip(image: rasterio.DatasetReader, grid: GeoBox, resampling: Resampl
     )
     if not columns or not rows:
         return np.zeros(grid.shape, dtype=np.uint16)
-    part = Window(columns.start, rows.start, len(columns), len(rows))
     # Invalid pixels become nodata first: GDAL would average a defect with its neighbours.
     with MemoryFile() as memory:
         profile = {
@@ -157,10 +155,10 @@ def _warp_strip(image: rasterio.DatasetReader, grid: GeoBox, resampling: Resampl
             "count": 1,
             "dtype": "uint16",
             "crs": image.crs,
-            "transform": image.window_transform(part),
+            "transform": image.transform @ Affine.translation(columns.start, rows.start),
         }
-        with memory.open(**profile, width=part.width, height=part.height) as copy:
-            copy.write(_read_valid(image, part), 1)
+        with memory.open(**profile, width=len(columns), height=len(rows)) as copy:
+            copy.write(image.read(rows, columns), 1)
         with memory.open() as copy:
             return _resample(copy, grid, resampling)
 
@@ -192,33 +190,3 @@ def _resample(image: rasterio.DatasetReader, grid: GeoBox, resampling: Resamplin
     ) as vrt:
         warped: UInt16 = vrt.read(1).astype(np.uint16)
     return warped
-
-
-def _read_valid(image: rasterio.DatasetReader, window: Window, out: UInt16 | None = None) -> UInt16:
-    """Read the pixels of a window, with 0 at invalid pixels.
-
-    These are nodata, pixels hidden by the file's mask and numbers out of range.
-    """
-    pixels: UInt16 = image.read(1, window=window, out=out).astype(np.uint16, copy=False)
-    if image.nodata:
-        pixels[pixels == image.nodata] = 0
-    if MaskFlags.per_dataset in image.mask_flag_enums[0]:
-        pixels[image.read_masks(1, window=window) == 0] = 0
-    if pixels.max() > _MOST_DN:
-        pixels[pixels > _MOST_DN] = 0
-    return pixels
-
-
-def _count_stored(image: rasterio.DatasetReader, window: Window, tally: Tally) -> None:
-    """Count the stored bytes of a window of a local GeoTIFF: its compressed tiles."""
-    if tally.bytes:
-        return  # a remote file: its bytes are already counted
-    height, width = image.block_shapes[0]
-    x_start = max(int(window.col_off), 0)
-    x_stop = min(int(window.col_off + window.width), image.width)
-    y_start = max(int(window.row_off), 0)
-    y_stop = min(int(window.row_off + window.height), image.height)
-    for y in range(y_start // height, -(-y_stop // height)):
-        for x in range(x_start // width, -(-x_stop // width)):
-            size = image.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
-            tally.bytes += int(size or 0)

@@ -6,12 +6,14 @@ The file is trusted, not its item. GDAL opens only files allowed by `minecube.ne
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import rasterio
 from odc.geo.geobox import GeoBox
@@ -32,9 +34,10 @@ from minecube.network import (
     remove_query,
 )
 from minecube.reader.gdal_file import RemoteFile, open_remote
-from minecube.reader.gridding import copy_to, nesting_of, read_nested, warp
-from minecube.reader.remote import remote_for
-from minecube.reader.transfer import Head, Tally
+from minecube.reader.gridding import Image, copy_to, nesting_of, read_nested, warp
+from minecube.reader.remote import Remote, remote_for
+from minecube.reader.tiles import DamagedTileError, GdalImage, TiledImage, read_header
+from minecube.reader.transfer import Tally
 
 PLAIN = Access()
 """Access without signatures."""
@@ -94,12 +97,7 @@ def read_file(
     tally = tally or Tally()
     name = remove_query(file.href)
     try:
-        with rasterio.Env(**images.SETTINGS), _open(file, tally) as image:
-            if image.count != 1 or image.dtypes[0] not in ("uint8", "uint16"):
-                raise ReadError(
-                    f"{name}: expected one band of uint8 or uint16, "
-                    f"found {image.count} of {image.dtypes[0]}; not a Sentinel-2 band"
-                )
+        with rasterio.Env(**images.SETTINGS), _open(file, name, tally) as image:
             nesting = nesting_of(image, grid)
             if image.crs is None:
                 raise ReadError(
@@ -107,17 +105,13 @@ def read_file(
                     "so its pixels cannot be placed on the grid; replace the file"
                 )
             if nesting:
-                pixels = read_nested(image, grid, nesting, tally, out)
-            else:
-                pixels = copy_to(warp(image, grid, resampling, tally), out)
-            if tally.error:  # GDAL got zeros instead of missing bytes
-                raise RequestError(str(tally.error)) from tally.error
-            return pixels
+                return read_nested(image, grid, nesting, out)
+            return copy_to(warp(image, grid, resampling), out)
     except ForbiddenError as error:
         raise ReadError(
             f"{name}: is not read ({error}), so its site-year is not written; replace the file"
         ) from error
-    except (rasterio.errors.RasterioError, RequestError) as error:
+    except (rasterio.errors.RasterioError, RequestError, DamagedTileError) as error:
         raise _make_error(file.href, error, tally) from error
 
 
@@ -126,7 +120,7 @@ def _make_error(href: str, error: Exception, tally: Tally) -> ReadError:
     cause: BaseException = error
     if tally.error:
         cause = tally.error
-    elif not isinstance(error, RequestError):
+    elif isinstance(error, rasterio.errors.RasterioError):
         cause = error.__cause__ or error
     message = (
         f"{remove_query(href)}: cannot be read ({remove_query(str(cause))}), "
@@ -138,22 +132,79 @@ def _make_error(href: str, error: Exception, tally: Tally) -> ReadError:
 
 
 @contextmanager
-def _open(file: File, tally: Tally) -> Iterator[rasterio.DatasetReader]:
+def _open(file: File, name: str, tally: Tally) -> Iterator[Image]:
     """Open an image within a context, after checking its href and its first bytes."""
     origin = origin_of(file.href) if file.origin is None else file.origin
     check_href(file.href, origin, file.access.hosts())
     if is_local(file.href):
-        path = Path(local_path(file.href))
-        with images.open_image(str(path), _read_first_bytes(path), most_px=_MOST_PX) as image:
-            yield image
-        return
-    remote = remote_for(file.access, origin)
-    head = remote.head(file.href, tally)
-    _need_whole(head)
-    open_again = partial(RemoteFile, remote, file.href, head, tally)
-    open_name = partial(images.open_image, beginning=head.data, most_px=_MOST_PX)
-    with open_remote(open_again, head.size, open_name) as image:
+        opened = _open_local(Path(local_path(file.href)), name, tally)
+    else:
+        opened = _open_remote(remote_for(file.access, origin), file.href, name, tally)
+    with opened as image:
         yield image
+
+
+@contextmanager
+def _open_local(path: Path, name: str, tally: Tally) -> Iterator[Image]:
+    """Open a local image. Raises RequestError if the file changes within the context."""
+    with _open_bytes(path) as stored:
+        before = os.fstat(stored.fileno())
+        read_at = partial(_read_at, stored)
+
+        def fetch(start: int, length: int) -> bytes:
+            tally.bytes += length
+            return _need_length(read_at(start, length), length)
+
+        header = read_header(_need_directories(read_at, before.st_size), _MOST_PX)
+        if header is None:
+            beginning = read_at(0, images.SIGNATURE)
+            with images.open_image(str(path), beginning, most_px=_MOST_PX) as opened:
+                yield _open_in_gdal(opened, name, tally)
+        else:
+            yield TiledImage(header, fetch)
+        after = os.fstat(stored.fileno())
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise RequestError("the file changed while it was read")
+
+
+@contextmanager
+def _open_remote(remote: Remote, href: str, name: str, tally: Tally) -> Iterator[Image]:
+    head = remote.head(href, tally)
+    open_again = partial(RemoteFile, remote, href, head, tally)
+
+    def fetch(start: int, length: int) -> bytes:
+        return _need_length(remote.fetch(href, head, start, length, tally), length)
+
+    directories = _need_directories(partial(_read_at, open_again()), head.size)
+    header = read_header(directories, _MOST_PX)
+    if tally.error:  # zeros replace missing bytes
+        raise RequestError(str(tally.error)) from tally.error
+    if header is None:
+        open_name = partial(images.open_image, beginning=head.data, most_px=_MOST_PX)
+        with open_remote(open_again, head.size, open_name) as opened:
+            yield _open_in_gdal(opened, name, tally)
+    else:
+        yield TiledImage(header, fetch)
+
+
+def _read_at(file: RemoteFile | BinaryIO, start: int, length: int) -> bytes:
+    file.seek(start)
+    return file.read(length)
+
+
+def _need_length(stored: bytes, length: int) -> bytes:
+    if len(stored) < length:
+        raise MissingError("it ends before the tiles that its header names")
+    return stored
+
+
+def _open_in_gdal(image: rasterio.DatasetReader, name: str, tally: Tally) -> Image:
+    if image.count != 1 or image.dtypes[0] not in ("uint8", "uint16"):
+        raise ReadError(
+            f"{name}: expected one band of uint8 or uint16, "
+            f"found {image.count} of {image.dtypes[0]}; not a Sentinel-2 band"
+        )
+    return GdalImage(image, tally)
 
 
 def need_header(file: File) -> None:
@@ -167,47 +218,33 @@ def need_header(file: File) -> None:
         ForbiddenError: The file must not be read.
     """
     if is_local(file.href):
-        _read_first_bytes(Path(local_path(file.href)))
+        with _open_bytes(Path(local_path(file.href))) as stored:
+            _need_directories(partial(_read_at, stored), os.fstat(stored.fileno()).st_size)
     else:
-        _need_whole(remote_for(file.access, file.origin or "").head(file.href, Tally()))
+        head = remote_for(file.access, file.origin or "").head(file.href, Tally())
+        _need_directories(partial(_read_at, io.BytesIO(head.data)), head.size)
 
 
-def _read_first_bytes(path: Path) -> bytes:
-    """Read the first bytes of a local file.
+def _open_bytes(path: Path) -> BinaryIO:
+    """Open a local file.
 
-    Raises MissingError if the file is missing or cut, RequestError if it cannot be read.
+    Raises MissingError if the file is missing, RequestError if it cannot be opened.
     """
     try:
         if not path.is_file() and path.exists():
             raise ForbiddenError("expected a file, found something else")
-        with path.open("rb") as file:
-
-            def read_at(start: int, length: int) -> bytes:
-                file.seek(start)
-                return file.read(length)
-
-            size = file.seek(0, os.SEEK_END)
-            _need_header(read_at, size)
-            return read_at(0, images.SIGNATURE)
-    except MissingError:
-        raise
+        return path.open("rb", buffering=0)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingError(error.strerror or str(error)) from error
     except OSError as error:
         raise RequestError(error.strerror or str(error)) from error
 
 
-def _need_whole(head: Head) -> None:
-    """Raise MissingError if a remote file is empty or ends within its header.
-
-    Only its first bytes are checked.
-    """
-    _need_header(lambda start, length: head.data[start : start + length], head.size)
-
-
-def _need_header(read_at: Callable[[int, int], bytes], size: int) -> None:
-    if not images.is_cut(read_at, size):
-        return
+def _need_directories(read_at: Callable[[int, int], bytes], size: int) -> images.Directories:
+    """Find the directories of a file. Raises MissingError if it is empty or ends within them."""
+    directories = images.find_directories(read_at, size)
+    if not directories.is_cut:
+        return directories
     if not size:
         raise MissingError("it is empty")
     raise MissingError(f"it ends after {size:,} bytes, before its header does")
