@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -73,6 +74,10 @@ SITE_PX = 1024
 """Side of the site in pixels of 10 m."""
 SCENE_PX = 2048
 """Side of a scene in pixels of 10 m."""
+MIDDLE = ((SCENE_PX - SITE_PX) // 2, (SCENE_PX - SITE_PX) // 2)
+"""Corner of a site whose edges are edges of tiles."""
+CORNERS = ((138, 744), (702, 96), (936, 378))
+"""Corners of sites as they lie: at any multiple of 60 m, drawn at random."""
 LEFT = 360000
 TOP = 5600040
 CLOUD_CLASSES = (3, 8, 9, 10)
@@ -203,13 +208,17 @@ def _draw_noise(rng: np.random.Generator, size: int) -> np.ndarray[Any, Any]:
     return ndimage.zoom(coarse, size, order=1)[:n, :n]
 
 
-def make_site_grid(height: int = SITE_PX, width: int = SITE_PX) -> GeoBox:
-    """Return the grid of a site in the middle of the scenes."""
-    return GeoBox(
-        (height, width),
-        Affine(10, 0, LEFT + 5 * (SCENE_PX - SITE_PX), 0, -10, TOP - 5 * (SCENE_PX - SITE_PX)),
-        "EPSG:32633",
-    )
+def make_site_grid(
+    height: int = SITE_PX, width: int = SITE_PX, corner: tuple[int, int] = MIDDLE
+) -> GeoBox:
+    """Return the grid of a site, by default in the middle of the scenes.
+
+    `corner` is its first row and column in the scenes, in pixels of 10 m.
+    """
+    row, column = corner
+    left = LEFT + 10 * column
+    top = TOP - 10 * row
+    return GeoBox((height, width), Affine(10, 0, left, 0, -10, top), "EPSG:32633")
 
 
 def make_items(folder: Path | str, dates: int) -> list[pystac.Item]:
@@ -268,6 +277,13 @@ def run_minecube(folder: str, dates: int, recipe: Recipe = PLAIN) -> np.ndarray[
     return composite(make_searched_items(folder, dates), make_site_grid(), recipe)[
         "reflectance"
     ].values
+
+
+def run_minecube_unaligned(folder: str, dates: int) -> np.ndarray[Any, Any]:
+    """Composite three sites whose edges are not edges of tiles."""
+    items = make_searched_items(folder, dates)
+    sites = [composite(items, make_site_grid(corner=corner), PLAIN) for corner in CORNERS]
+    return np.stack([site["reflectance"].values for site in sites])
 
 
 def run_minecube_geomedian(folder: str, dates: int) -> np.ndarray[Any, Any]:
@@ -356,19 +372,26 @@ def run_odc_bottleneck(folder: str, dates: int) -> np.ndarray[Any, Any]:
     return medians
 
 
-def read_with_gdal(folder: str, dates: int) -> None:
+def read_with_gdal(folder: str, dates: int, corners: Sequence[tuple[int, int]] = (MIDDLE,)) -> None:
     """Read and decode the same windows with GDAL, and discard the pixels."""
 
-    def read(asset: tuple[int, str]) -> int:
-        date, band = asset
+    def read(asset: tuple[int, str, tuple[int, int]]) -> int:
+        date, band, corner = asset
         scale = NATIVE_M[band] // 10
-        at = (SCENE_PX - SITE_PX) // 2 // scale
+        row, column = (start // scale for start in corner)
         side = SITE_PX // scale
         with rasterio.open(f"{folder}/{date:02d}/{band}.tif") as file:
-            return int(file.read(1, window=((at, at + side), (at, at + side)))[0, 0])
+            window = ((row, row + side), (column, column + side))
+            return int(file.read(1, window=window)[0, 0])
 
+    assets = itertools.product(range(dates), NATIVE_M, corners)
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(read, ((date, band) for band in NATIVE_M for date in range(dates))))
+        list(pool.map(read, sorted(assets, key=lambda asset: (asset[2], asset[1]))))
+
+
+def read_unaligned_with_gdal(folder: str, dates: int) -> None:
+    """Read the windows of `run_minecube_unaligned` with GDAL, and discard the pixels."""
+    read_with_gdal(folder, dates, CORNERS)
 
 
 def run_geomad_kernel(folder: str, dates: int) -> None:
@@ -403,6 +426,8 @@ CONTENDERS: dict[str, Callable[[str, int], Any]] = {
     "stackstac + xarray": run_stackstac,
     "odc-stac + xarray": run_odc,
     "GDAL reads only": read_with_gdal,
+    "minecube, 3 unaligned": run_minecube_unaligned,
+    "GDAL reads only, 3 unaligned": read_unaligned_with_gdal,
     "minecube geomedian": run_minecube_geomedian,
     "geomad's kernel only": run_geomad_kernel,
 }
@@ -483,6 +508,10 @@ def compare_contenders(folder: Path, rounds: int, print_table: PrintTable) -> di
         "vs_odc": round(minecube_s / seconds["odc-stac + xarray"], 3),
         "vs_odc_bottleneck": round(minecube_s / seconds["odc-stac native + bottleneck"], 3),
         "vs_floor": round(minecube_s / seconds["GDAL reads only"], 3),
+        "vs_floor_unaligned": round(
+            seconds["minecube, 3 unaligned"] / seconds["GDAL reads only, 3 unaligned"], 3
+        ),
+        "memory_vs_floor": round(peak["minecube"] / peak["GDAL reads only"], 3),
         "memory_vs_stackstac": round(peak["minecube"] / peak["stackstac + xarray"], 3),
         "geomedian_vs_floor_and_kernel": round(
             seconds["minecube geomedian"] / floor_and_kernel_s, 3

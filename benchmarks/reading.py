@@ -10,6 +10,7 @@ Local and remote reads take turns.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -48,10 +49,11 @@ from minecube.catalog import (
     load_sources,
 )
 from minecube.composite import composite
+from minecube.errors import ReadError
 from minecube.grid import coarsen, grid_of
 from minecube.jobs import build as building
 from minecube.jobs.scene_lists import load_or_search
-from minecube.reader import Ledger, compute_stack, stack
+from minecube.reader import Ledger, compute_stack, read, stack
 from minecube.scenes import offsets
 from minecube.scenes.looks import read_look
 from minecube.simulate import World, simulate_archive
@@ -85,6 +87,7 @@ def main() -> None:
         root = Path(folder_name)
         dates = DATES // 4 if options.quick else DATES
         figures = measure_latency(root / "far", dates, runs=1 if options.quick else 3)
+        figures |= measure_flips(root / "far" / "00" / "B11.tif", 100 if options.quick else 1000)
         figures |= measure_troubles(root / "world")
         figures |= measure_wrong_flags(
             root / "flags", (1,) if options.quick else (1, 2, 3), options.plot
@@ -157,10 +160,35 @@ def measure_latency(folder: Path, dates: int, runs: int) -> dict[str, object]:
         "composite_here_s": round(medians["composite here"], 2),
         "composite_far_s": round(medians["composite far"], 2),
         "requests": totals["requests"],
+        "requests_per_window": round(totals["requests"] / totals["read"], 2),
         "mb": round(totals["bytes"] / 1e6),
         "latency_ratio": round(medians["read far"] / medians["read here"], 3),
         "latency_ratio_composite": round(medians["composite far"] / medians["composite here"], 3),
     }
+
+
+def measure_flips(path: Path, flips: int) -> dict[str, object]:
+    """Flip single bits of a file's tiles. Counts the flips that minecube and GDAL read as pixels."""
+    with rasterio.open(path) as image:
+        grid = GeoBox(image.shape, image.transform, image.crs.to_wkt())
+        pixels = image.read(1)
+        first = int(image.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1))
+        size = int(image.get_tag_item("BLOCK_SIZE_0_0", "TIFF", bidx=1))
+    whole = path.read_bytes()
+    corner = grid[:512, :512]
+    rng = np.random.default_rng(0)
+    unseen = {"flips_unseen": 0, "flips_unseen_by_gdal": 0}
+    for _ in range(flips):
+        flipped = bytearray(whole)
+        flipped[first + int(rng.integers(size))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(flipped)
+        with contextlib.suppress(ReadError):
+            unseen["flips_unseen"] += bool((read(str(path), corner) != pixels[:512, :512]).any())
+        with contextlib.suppress(rasterio.errors.RasterioIOError), rasterio.open(path) as image:
+            read_by_gdal = image.read(1, window=((0, 512), (0, 512)))
+            unseen["flips_unseen_by_gdal"] += bool((read_by_gdal != pixels[:512, :512]).any())
+    path.write_bytes(whole)
+    return {"flips": flips, **unseen}
 
 
 def time_call(work: object) -> tuple[object, float]:
