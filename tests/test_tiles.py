@@ -16,7 +16,9 @@ from odc.geo.geobox import GeoBox
 
 from known_scenes import grid_at, serve, unique_pixels, write_tif
 from known_servers import counts
+from minecube import images
 from minecube.errors import LostReadError, ReadError
+from minecube.network import ForbiddenError
 from minecube.reader import raster, read, tiles
 from minecube.reader.remote import Tally
 
@@ -47,6 +49,7 @@ KINDS = {
 }
 OF_GDAL = {
     "LERC and DEFLATE": {"compress": "lerc_deflate"},
+    "LERC, strips": {**STRIPS, "compress": "lerc"},
     "PackBits": {"compress": "packbits"},
     "12 bits": {"NBITS": 12},
 }
@@ -214,7 +217,7 @@ COMPRESSION, TILE_WIDTH, TILE_OFFSETS, TILE_SIZES = 259, 322, 324, 325
         (TILE_SIZES, 2**31, "cannot be read"),
         (TILE_SIZES, 400_000_000, "cannot be read"),
         (TILE_OFFSETS, 3, "a tile is damaged"),
-        (TILE_OFFSETS, 2**31, "it ends before the tiles that its header names"),
+        (TILE_OFFSETS, 2**31, "before the tiles that its header names"),
     ],
 )
 def test_a_header_that_lies_is_no_pixel(tmp_path, field, value, says):
@@ -223,6 +226,30 @@ def test_a_header_that_lies_is_no_pixel(tmp_path, field, value, says):
     change_field(path, field, value)
     with pytest.raises(ReadError, match=says):
         read(str(path), SCENE_GRID)
+
+
+@pytest.mark.parametrize("kind", ["DEFLATE, predictor", "BigTIFF", "big-endian", "plain strips"])
+def test_a_damaged_header_raises_nothing_but_read_errors(tmp_path, monkeypatch, kind):
+    """Files left to GDAL are not opened here."""
+
+    def refuse(*_, **__):
+        raise ForbiddenError("left to GDAL")
+
+    monkeypatch.setattr(images, "open_image", refuse)
+    path = write_kind(tmp_path / "B04.tif", KINDS[kind])
+    whole = path.read_bytes()
+    start = min(start for start, _ in list_blocks(path))
+    rng = np.random.default_rng(2)
+    outcomes = set()
+    for _ in range(400):
+        changed = bytearray(whole)
+        changed[int(rng.integers(4, start))] = int(rng.choice([0, 1, 2, 4, 128, 255]))
+        path.write_bytes(changed)
+        try:
+            outcomes.add(read(str(path), SCENE_GRID).shape)
+        except ReadError:
+            outcomes.add("refused")
+    assert outcomes == {(HEIGHT, WIDTH), "refused"}
 
 
 def test_missing_tiles_have_no_pixels(tmp_path):

@@ -17,6 +17,7 @@ from affine import Affine
 from odc.geo.crs import CRS
 from odc.geo.geobox import GeoBox
 from rasterio.enums import Resampling
+from rasterio.errors import WarpOperationError
 from rasterio.io import MemoryFile
 from rasterio.vrt import WarpedVRT
 from rasterio.warp import transform_bounds
@@ -126,8 +127,14 @@ def warp(image: Image, grid: GeoBox, resampling: Resampling) -> UInt16:
 
 def _window_of(image: Image, grid: GeoBox) -> Window:
     """Return the file's window of the grid, in fractions of pixels."""
-    bounds = transform_bounds(grid.crs.to_wkt(), image.crs, *grid.boundingbox)
-    return from_bounds(*bounds, transform=image.transform)
+    try:
+        bounds = transform_bounds(grid.crs.to_wkt(), image.crs, *grid.boundingbox)
+    except Exception as error:  # GDAL's errors have no public class
+        raise WarpOperationError(f"its CRS has no way to the grid's: {error}") from error
+    window = from_bounds(*bounds, transform=image.transform)
+    if not all(map(math.isfinite, window.flatten())):
+        raise WarpOperationError("its pixels have no place on the grid")
+    return window
 
 
 def _warp_strip(image: Image, grid: GeoBox, resampling: Resampling) -> UInt16:

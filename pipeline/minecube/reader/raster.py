@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import rasterio
+from affine import Affine
 from odc.geo.geobox import GeoBox
 from rasterio.enums import Resampling
 
@@ -98,12 +99,8 @@ def read_file(
     name = remove_query(file.href)
     try:
         with rasterio.Env(**images.SETTINGS), _open(file, name, tally) as image:
+            _need_place(image, name)
             nesting = nesting_of(image, grid)
-            if image.crs is None:
-                raise ReadError(
-                    f"{name}: the file has no CRS, "
-                    "so its pixels cannot be placed on the grid; replace the file"
-                )
             if nesting:
                 return read_nested(image, grid, nesting, out)
             return copy_to(warp(image, grid, resampling), out)
@@ -113,6 +110,26 @@ def read_file(
         ) from error
     except (rasterio.errors.RasterioError, RequestError, DamagedTileError) as error:
         raise _make_error(file.href, error, tally) from error
+
+
+def _need_place(image: Image, name: str) -> None:
+    """Raise ReadError if the header does not tell where the pixels are."""
+    missing = ""
+    if image.crs is None:
+        missing = "CRS"
+    elif not _is_plausible(image.transform):
+        missing = "valid transform"
+    if missing:
+        raise ReadError(
+            f"{name}: the file has no {missing}, "
+            "so its pixels cannot be placed on the grid; replace the file"
+        )
+
+
+def _is_plausible(transform: Affine) -> bool:
+    """Whether pixels have a size and a place, in any unit. Arithmetic overflows with others."""
+    has_place = all(abs(number) < 1e15 for number in transform)
+    return has_place and 1e-20 < abs(transform.determinant) < 1e20
 
 
 def _make_error(href: str, error: Exception, tally: Tally) -> ReadError:
@@ -153,7 +170,8 @@ def _open_local(path: Path, name: str, tally: Tally) -> Iterator[Image]:
 
         def fetch(start: int, length: int) -> bytes:
             tally.bytes += length
-            return _need_length(read_at(start, length), length)
+            _need_within(start, length, before.st_size)
+            return read_at(start, length)
 
         header = read_header(_need_directories(read_at, before.st_size), _MOST_PX)
         if header is None:
@@ -173,7 +191,8 @@ def _open_remote(remote: Remote, href: str, name: str, tally: Tally) -> Iterator
     open_again = partial(RemoteFile, remote, href, head, tally)
 
     def fetch(start: int, length: int) -> bytes:
-        return _need_length(remote.fetch(href, head, start, length, tally), length)
+        _need_within(start, length, head.size)
+        return remote.fetch(href, head, start, length, tally)
 
     directories = _need_directories(partial(_read_at, open_again()), head.size)
     header = read_header(directories, _MOST_PX)
@@ -188,14 +207,16 @@ def _open_remote(remote: Remote, href: str, name: str, tally: Tally) -> Iterator
 
 
 def _read_at(file: RemoteFile | BinaryIO, start: int, length: int) -> bytes:
-    file.seek(start)
-    return file.read(length)
+    try:
+        file.seek(start)
+        return file.read(length)
+    except OSError as error:
+        raise RequestError(error.strerror or str(error)) from error
 
 
-def _need_length(stored: bytes, length: int) -> bytes:
-    if len(stored) < length:
-        raise MissingError("it ends before the tiles that its header names")
-    return stored
+def _need_within(start: int, length: int, size: int) -> None:
+    if start + length > size:
+        raise MissingError(f"it ends after {size:,} bytes, before the tiles that its header names")
 
 
 def _open_in_gdal(image: rasterio.DatasetReader, name: str, tally: Tally) -> Image:
