@@ -42,6 +42,8 @@ from minecube.reader.transfer import Tally
 
 PLAIN = Access()
 """Access without signatures."""
+# UnicodeError: rasterio fails to decode some of GDAL's messages about damaged headers.
+_READ_ERRORS = (rasterio.errors.RasterioError, RequestError, DamagedTileError, UnicodeError)
 _MOST_PX = 10_980**2  # pixels of a band of a Sentinel-2 tile at 10 m
 
 
@@ -108,7 +110,7 @@ def read_file(
         raise ReadError(
             f"{name}: is not read ({error}), so its site-year is not written; replace the file"
         ) from error
-    except (rasterio.errors.RasterioError, RequestError, DamagedTileError) as error:
+    except _READ_ERRORS as error:
         raise _make_error(file.href, error, tally) from error
 
 
