@@ -213,6 +213,7 @@ COMPRESSION, TILE_WIDTH, TILE_OFFSETS, TILE_SIZES = 259, 322, 324, 325
         (COMPRESSION, 1, "a tile is damaged"),
         (TILE_WIDTH, 128, "cannot be read"),
         (TILE_WIDTH, 32, "cannot be read"),
+        (TILE_SIZES, 0, "expected a tile of 1 to"),
         (TILE_SIZES, 20, "a tile is damaged"),
         (TILE_SIZES, 2**31, "cannot be read"),
         (TILE_SIZES, 400_000_000, "cannot be read"),
@@ -295,7 +296,7 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path):
 
 
 @pytest.mark.usefixtures("all_hosts_are_tried")
-def test_one_request_per_row_of_tiles(tmp_path):
+def test_one_request_per_row_of_tiles(tmp_path, monkeypatch):
     """Tiles of a row lie next to each other in the file, rows of the image do not."""
     pixels = np.random.default_rng(0).integers(1, 9000, (640, 640)).astype(np.uint16)
     grid = grid_at(LEFT, TOP, 640, 640)
@@ -310,3 +311,7 @@ def test_one_request_per_row_of_tiles(tmp_path):
         whole = Tally()
         np.testing.assert_array_equal(read(f"{url}/B04.tif", grid, tally=whole), pixels)
         assert whole.requests == 1
+        monkeypatch.setattr(tiles, "_REQUEST_BYTES", 100_000)
+        parts = Tally()
+        np.testing.assert_array_equal(read(f"{url}/B04.tif", grid, tally=parts), pixels)
+        assert 100 > parts.requests >= whole.bytes / 100_000

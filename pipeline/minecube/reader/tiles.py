@@ -44,6 +44,8 @@ _WITH_PREDICTOR = (5, 8, 32946, 50000)
 _ERRORS = (RuntimeError, ValueError)  # each codec has its own kind of RuntimeError
 _GAP_BYTES = 4096
 """Longest gap between tiles of one request. The tiles of COGs have gaps of 8 bytes."""
+_REQUEST_BYTES = 2**24
+"""Most bytes of one request for several tiles. A longer one could not end in time on a slow line."""
 _LAST_BYTE = 2**60  # no file is longer
 _MOST_DN = 32767  # higher numbers are defects and fill values: no ground or cloud is brighter
 
@@ -72,7 +74,8 @@ class Header:
     offsets: Int64
     """Position of each tile in the file: int64 [row of tiles, column of tiles]."""
     sizes: Int64
-    """Bytes of each tile, 0 of missing tiles: int64 [row of tiles, column of tiles]."""
+    """Bytes of each tile: int64 [row of tiles, column of tiles]. Missing tiles have position 0 and
+    no bytes."""
 
 
 class _Tag(IntEnum):
@@ -276,13 +279,13 @@ class TiledImage:
         groups: list[list[_Tile]] = []
         most_bytes = 2 * math.prod(self._header.block) * self._header.dtype.itemsize + _GAP_BYTES
         for tile in sorted(tiles, key=lambda tile: tile.start):
-            if tile.size > most_bytes:
-                raise DamagedTileError(
-                    f"expected a tile of {most_bytes:,} bytes at most, found {tile.size:,}"
-                )
-            if not tile.size:
+            if tile.start == tile.size == 0:
                 yield tile.place, b""
-            elif groups and 0 <= tile.start - groups[-1][-1].stop <= _GAP_BYTES:
+            elif not 0 < tile.size <= most_bytes:
+                raise DamagedTileError(
+                    f"expected a tile of 1 to {most_bytes:,} bytes, found {tile.size:,}"
+                )
+            elif groups and tile.follows(groups[-1]):
                 groups[-1].append(tile)
             else:
                 groups.append([tile])
@@ -350,6 +353,11 @@ class _Tile:
         self.start = int(header.offsets[place])
         self.size = int(header.sizes[place])
         self.stop = self.start + self.size
+
+    def follows(self, group: list[_Tile]) -> bool:
+        """Return whether the tile can be fetched together with those before it in the file."""
+        is_near = 0 <= self.start - group[-1].stop <= _GAP_BYTES
+        return is_near and self.stop - group[0].start <= _REQUEST_BYTES
 
 
 def _overlap(window: range, number: int, length: int) -> tuple[slice, slice]:
