@@ -202,7 +202,7 @@ def change_field(path: Path, tag: int, value: int) -> None:
     raise AssertionError(f"{path} has no field {tag}")
 
 
-COMPRESSION, TILE_WIDTH, TILE_OFFSETS, TILE_SIZES = 259, 322, 324, 325
+HEIGHT_FIELD, COMPRESSION, TILE_WIDTH, TILE_OFFSETS, TILE_SIZES = 257, 259, 322, 324, 325
 
 
 @pytest.mark.parametrize(
@@ -211,6 +211,8 @@ COMPRESSION, TILE_WIDTH, TILE_OFFSETS, TILE_SIZES = 259, 322, 324, 325
         (COMPRESSION, 60001, "cannot be read"),
         (COMPRESSION, 5, "a tile is damaged"),  # LZW
         (COMPRESSION, 1, "a tile is damaged"),
+        (HEIGHT_FIELD, 0, "cannot be read"),
+        (TILE_WIDTH, 1, "cannot be read"),
         (TILE_WIDTH, 128, "cannot be read"),
         (TILE_WIDTH, 32, "cannot be read"),
         (TILE_SIZES, 0, "expected a tile of 1 to"),
@@ -229,7 +231,9 @@ def test_a_header_that_lies_is_no_pixel(tmp_path, field, value, says):
         read(str(path), SCENE_GRID)
 
 
-@pytest.mark.parametrize("kind", ["DEFLATE, predictor", "BigTIFF", "big-endian", "plain strips"])
+@pytest.mark.parametrize(
+    "kind", ["DEFLATE, predictor", "BigTIFF", "big-endian", "plain strips", "COG"]
+)
 def test_a_damaged_header_raises_nothing_but_read_errors(tmp_path, monkeypatch, kind):
     """Files left to GDAL are not opened here."""
 
@@ -265,16 +269,44 @@ def test_missing_tiles_have_no_pixels(tmp_path):
     np.testing.assert_array_equal(read_by_gdal(path), expected)
 
 
-def test_a_local_file_that_changes_meanwhile_is_lost(tmp_path, monkeypatch):
+def test_plain_tiles_may_end_with_padding(tmp_path):
+    pixels = unique_pixels(HEIGHT, WIDTH)
+    path = write_tif(tmp_path / "B04.tif", pixels, SCENE_GRID, compress=None)
+    change_field(path, TILE_SIZES, 64 * 64 * 2 + 5)
+    expected = read_by_gdal(path)
+    np.testing.assert_array_equal(read(str(path), SCENE_GRID), expected)
+    assert expected[0, 0] == pixels[0, 0]
+
+
+def test_bytes_are_counted_whoever_reads(files):
+    """The bytes of all tiles of a local file, read here or through GDAL."""
+    for kind in ("DEFLATE", "PackBits"):
+        path, _ = files[kind, "uint16"]
+        tally = Tally()
+        read(str(path), SCENE_GRID, tally=tally)
+        assert tally.bytes == sum(size for _, size in list_blocks(path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux")
+def test_an_error_of_the_disk_is_a_lost_read():
+    """Reading the first byte of this file fails with EIO."""
+    with pytest.raises(LostReadError, match="Input/output error"):
+        read("/proc/self/mem", SCENE_GRID)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_a_local_file_that_changes_meanwhile_is_lost(tmp_path, monkeypatch, is_damaged):
+    """Also if its new bytes cannot be decoded: another try may succeed."""
     path = write_tif(tmp_path / "B04.tif", unique_pixels(HEIGHT, WIDTH), SCENE_GRID)
     os.utime(path, (0, 0))  # file systems keep times of milliseconds
     first = min(start for start, _ in list_blocks(path))
     read_at = raster._read_at
     whole = path.read_bytes()
+    new = whole[:first] + bytes(len(whole) - first) if is_damaged else whole
 
     def change(file, start, length):
         if start >= first:
-            path.write_bytes(whole)  # the same bytes: others would fail by their checksums
+            path.write_bytes(new)
         return read_at(file, start, length)
 
     monkeypatch.setattr(raster, "_read_at", change)
@@ -282,8 +314,7 @@ def test_a_local_file_that_changes_meanwhile_is_lost(tmp_path, monkeypatch):
         read(str(path), SCENE_GRID)
 
 
-def test_a_file_that_was_replaced_is_read_anew(tmp_path):
-    """Headers are kept, but only as long as the file is the same."""
+def test_a_file_that_was_replaced_is_read_again(tmp_path):
     path = tmp_path / "B04.tif"
     first = unique_pixels(HEIGHT, WIDTH) % 5000
     write_tif(path, first, SCENE_GRID)

@@ -136,7 +136,8 @@ def find_directories(read: Callable[[int, int], bytes], size: int) -> Directorie
             length = values * _VALUE_BYTES.get(kind, 0)
             if length > len(value) and struct.unpack(layout.offset, value)[0] + length > size:
                 return Directories(found, True, False)
-        fields_by_tag = {tag: (kind, values, value) for tag, kind, values, value in entries}
+        # Of equal tags, the first counts, as in libtiff.
+        fields_by_tag = {tag: (kind, n, value) for tag, kind, n, value in reversed(entries)}
         found.append(Directory(layout.offset[0], fields_by_tag, read))
     return Directories(found, False, False)
 

@@ -175,16 +175,18 @@ def _open_local(path: Path, name: str, tally: Tally) -> Iterator[Image]:
             _need_within(start, length, before.st_size)
             return read_at(start, length)
 
-        header = read_header(_need_directories(read_at, before.st_size), _MOST_PX)
-        if header is None:
-            beginning = read_at(0, images.SIGNATURE)
-            with images.open_image(str(path), beginning, most_px=_MOST_PX) as opened:
-                yield _open_in_gdal(opened, name, tally)
-        else:
-            yield TiledImage(header, fetch)
-        after = os.fstat(stored.fileno())
-        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise RequestError("the file changed while it was read")
+        try:
+            header = read_header(_need_directories(read_at, before.st_size), _MOST_PX)
+            if header is None:
+                beginning = read_at(0, images.SIGNATURE)
+                with images.open_image(str(path), beginning, most_px=_MOST_PX) as opened:
+                    yield _open_in_gdal(opened, name, tally)
+            else:
+                yield TiledImage(header, fetch)
+        finally:
+            after = os.fstat(stored.fileno())
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise RequestError("the file changed while it was read")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -46,6 +47,9 @@ _GAP_BYTES = 4096
 """Longest gap between tiles of one request. The tiles of COGs have gaps of 8 bytes."""
 _REQUEST_BYTES = 2**24
 """Most bytes of one request for several tiles. A longer one could not end in time on a slow line."""
+_TILE_STEP_PX = 16  # TIFF 6.0, section 15
+_MOST_TILES = 2**19
+_NODATA = re.compile(rb"nan|[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?")
 _LAST_BYTE = 2**60  # no file is longer
 _MOST_DN = 32767  # higher numbers are defects and fill values: no ground or cloud is brighter
 
@@ -135,7 +139,7 @@ def read_header(directories: Directories, most_px: int) -> Header | None:
         return None
     try:
         header = _read_header(*directories.found)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError, rasterio.errors.CRSError):
+    except (KeyError, TypeError, ValueError, ArithmeticError, rasterio.errors.CRSError):
         return None
     if header and max(math.prod(header.shape), math.prod(header.block)) > most_px:
         return None
@@ -145,7 +149,7 @@ def read_header(directories: Directories, most_px: int) -> Header | None:
 def _read_header(directory: Directory, *others: Directory) -> Header | None:
     """Read the first directory of a file.
 
-    Raises KeyError, TypeError, ValueError, ZeroDivisionError or CRSError if it is not understood.
+    Raises KeyError, TypeError, ValueError, ArithmeticError or CRSError if it is not understood.
     """
     if any(_number(other, _Tag.KIND, 0) & _MASK for other in others):
         return None
@@ -166,6 +170,8 @@ def _read_header(directory: Directory, *others: Directory) -> Header | None:
         return None
     dtype = {8: "u1", 16: "u2"}[_number(directory, _Tag.BITS)]
     nodata = directory.values(_Tag.NODATA).tobytes().rstrip(b"\0 ")
+    if nodata and not _NODATA.fullmatch(nodata):
+        return None
     return Header(
         crs=place[0],
         transform=place[1],
@@ -185,7 +191,7 @@ def _number(directory: Directory, tag: int, default: int | None = None) -> int:
     values = directory.values(tag)
     if not len(values) and default is not None:
         return default
-    if len(values) != 1:
+    if len(values) != 1 or values.dtype.kind != "u":
         raise KeyError(tag)
     return int(values[0])
 
@@ -197,11 +203,15 @@ def _read_blocks(
     height, width = shape
     if _Tag.TILE_WIDTH in directory.fields:
         block = (_number(directory, _Tag.TILE_HEIGHT), _number(directory, _Tag.TILE_WIDTH))
+        if block[0] % _TILE_STEP_PX or block[1] % _TILE_STEP_PX:
+            raise ValueError(f"expected sides of tiles in multiples of {_TILE_STEP_PX}")
         tags = (_Tag.TILE_OFFSETS, _Tag.TILE_SIZES)
     else:
         block = (min(_number(directory, _Tag.STRIP_ROWS, height), height), width)
         tags = (_Tag.STRIP_OFFSETS, _Tag.STRIP_SIZES)
     tiles = (-(-height // block[0]), -(-width // block[1]))
+    if not 0 < math.prod(tiles) <= _MOST_TILES:
+        raise ValueError(f"expected 1 to {_MOST_TILES} tiles")
     offsets, sizes = (directory.values(tag).reshape(tiles) for tag in tags)
     if offsets.itemsize < 2 or offsets.max() > _LAST_BYTE or sizes.max() > _LAST_BYTE:
         raise ValueError("expected the positions and bytes of tiles")
@@ -210,10 +220,16 @@ def _read_blocks(
 
 def _read_place(directory: Directory) -> tuple[rasterio.CRS, Affine] | None:
     """Read where the pixels are; None if this is described in a less common way."""
-    keys = directory.values(_Tag.GEO_KEYS).reshape(-1, 4)[1:].tolist()
-    codes = [value for key, _, _, value in keys if key == _PROJECTED_CRS]
-    for key, _, _, value in keys:
-        if key != _PROJECTED_CRS and (values := _SIMPLE_KEYS[key]) and value not in values:
+    (version, _, _, count), *keys = directory.values(_Tag.GEO_KEYS).reshape(-1, 4).tolist()
+    if version != 1 or count != len(keys):
+        return None
+    codes = []
+    for key, location, _, value in keys:
+        if key == _PROJECTED_CRS and location == 0:
+            codes.append(value)
+            continue
+        values = _SIMPLE_KEYS[key]  # KeyError: an unusual key
+        if values and (location or value not in values):
             return None
     x_size, y_size, _ = directory.values(_Tag.PIXEL_SIZE).tolist()
     column, row, _, x, y, _ = directory.values(_Tag.CORNER).tolist()
@@ -333,6 +349,7 @@ class GdalImage:
             RequestError: Bytes of a remote file cannot be fetched.
         """
         window = Window(columns.start, rows.start, len(columns), len(rows))
+        self._count_stored(rows, columns)
         pixels: UInt16 = self._image.read(1, window=window).astype(np.uint16, copy=False)
         clear_invalid(pixels, self._image.nodata)
         if MaskFlags.per_dataset in self._image.mask_flag_enums[0]:
@@ -343,6 +360,16 @@ class GdalImage:
             return pixels
         out[:] = pixels
         return out
+
+    def _count_stored(self, rows: range, columns: range) -> None:
+        """Count the stored bytes of a window of a local GeoTIFF: its compressed tiles."""
+        if self._tally.requests:
+            return  # a remote file: its bytes are already counted
+        height, width = self._image.block_shapes[0]
+        for y in range(rows.start // height, -(-rows.stop // height)):
+            for x in range(columns.start // width, -(-columns.stop // width)):
+                size = self._image.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
+                self._tally.bytes += int(size or 0)
 
 
 class _Tile:
