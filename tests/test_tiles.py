@@ -294,6 +294,20 @@ def test_an_error_of_the_disk_is_a_lost_read():
         read("/proc/self/mem", SCENE_GRID)
 
 
+def test_a_short_answer_of_the_disk_is_no_missing_tile(tmp_path, monkeypatch):
+    """An answer may end where a tile ends: the next tile is lost, not empty."""
+    path = write_tif(tmp_path / "B04.tif", unique_pixels(HEIGHT, WIDTH), SCENE_GRID)
+    (start, size), *_ = sorted(list_blocks(path))
+    read_at = raster._read_at
+
+    def cut(file, position, length):
+        return read_at(file, position, length)[: size if position == start else length]
+
+    monkeypatch.setattr(raster, "_read_at", cut)
+    with pytest.raises(LostReadError, match=f"expected .* bytes at {start:,}, found {size:,}"):
+        read(str(path), SCENE_GRID)
+
+
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_a_local_file_that_changes_meanwhile_is_lost(tmp_path, monkeypatch, is_damaged):
     """Also if its new bytes cannot be decoded: another try may succeed."""

@@ -171,9 +171,14 @@ def _open_local(path: Path, name: str, tally: Tally) -> Iterator[Image]:
         read_at = partial(_read_at, stored)
 
         def fetch(start: int, length: int) -> bytes:
-            tally.bytes += length
             _need_within(start, length, before.st_size)
-            return read_at(start, length)
+            content = read_at(start, length)
+            tally.bytes += len(content)
+            if len(content) < length:
+                raise RequestError(
+                    f"expected {length:,} bytes at {start:,}, found {len(content):,}"
+                )
+            return content
 
         try:
             header = read_header(_need_directories(read_at, before.st_size), _MOST_PX)

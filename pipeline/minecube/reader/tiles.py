@@ -269,7 +269,7 @@ class TiledImage:
             tile_rows, target_rows = _overlap(rows, place[0], self._header.block[0])
             tile_columns, target_columns = _overlap(columns, place[1], self._header.block[1])
             target = out[target_rows, target_columns]
-            if not stored:
+            if stored is None:
                 target[:] = 0
                 continue
             tile = self._decode(stored, place[0], buffer)[tile_rows, : tile_columns.stop]
@@ -281,8 +281,8 @@ class TiledImage:
 
     def _fetch_tiles(
         self, rows: range, columns: range
-    ) -> Iterator[tuple[tuple[int, int], bytes | memoryview]]:
-        """Yield the place of each tile of a window, and its stored bytes: none if it is missing.
+    ) -> Iterator[tuple[tuple[int, int], memoryview | None]]:
+        """Yield the place of each tile of a window, and its stored bytes; None if it is missing.
 
         Tiles next to each other in the file are fetched together.
         """
@@ -296,7 +296,7 @@ class TiledImage:
         most_bytes = 2 * math.prod(self._header.block) * self._header.dtype.itemsize + _GAP_BYTES
         for tile in sorted(tiles, key=lambda tile: tile.start):
             if tile.start == tile.size == 0:
-                yield tile.place, b""
+                yield tile.place, None
             elif not 0 < tile.size <= most_bytes:
                 raise DamagedTileError(
                     f"expected a tile of 1 to {most_bytes:,} bytes, found {tile.size:,}"
@@ -311,7 +311,7 @@ class TiledImage:
             for tile in group:
                 yield tile.place, stored[tile.start - start : tile.stop - start]
 
-    def _decode(self, stored: bytes | memoryview, row: int, buffer: AnyArray) -> AnyArray:
+    def _decode(self, stored: memoryview, row: int, buffer: AnyArray) -> AnyArray:
         """Decode a tile in this row of tiles: its values as stored, [y, x]."""
         header = self._header
         out = buffer
