@@ -19,7 +19,7 @@ from known_servers import counts
 from minecube import images
 from minecube.errors import LostReadError, ReadError
 from minecube.network import ForbiddenError
-from minecube.reader import raster, read, tiles
+from minecube.reader import gdal_file, raster, read, tiles
 from minecube.reader.remote import Tally
 
 LEFT, TOP = 360000, 5600040
@@ -137,7 +137,7 @@ def test_all_these_kinds_are_read_by_tiles(files, monkeypatch):
     by_gdal = {kind: files[kind, "uint16"] for kind in OF_GDAL}
     for path, pixels in by_gdal.values():
         np.testing.assert_array_equal(read(str(path), SCENE_GRID), pixels)
-    monkeypatch.setattr(tiles.GdalImage, "read", refuse)
+    monkeypatch.setattr(gdal_file.GdalImage, "read", refuse)
     for kind in KINDS:
         path, pixels = files[kind, "uint16"]
         np.testing.assert_array_equal(read(str(path), SCENE_GRID), pixels)

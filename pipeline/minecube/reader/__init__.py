@@ -11,6 +11,7 @@ the connections (`remote`), so nothing is requested twice.
 
     assets.py       one band of one scene, counted: `read_band`, `start_read`
     raster.py       one file, opened with care: `read`
+    geotiff.py      its header, if it is usual
     tiles.py        its tiles, fetched, checked and decoded
     gridding.py     its pixels, placed on the grid or warped
     stacking.py     many scenes, lazily, by stackstac: `stack`
@@ -18,7 +19,7 @@ the connections (`remote`), so nothing is requested twice.
     remote.py       byte ranges of remote files, with retries
     signing.py      tokens and signatures
     connections.py  connections with checked addresses
-    gdal_file.py    a remote file as GDAL sees it
+    gdal_file.py    an image read through GDAL, and a remote file as GDAL sees it
     transfer.py     head of a file, and counts of one read
 """
 

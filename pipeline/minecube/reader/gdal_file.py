@@ -1,4 +1,4 @@
-"""Remote files as GDAL sees them: Python file objects, under names known to rasterio."""
+"""Images read through GDAL, and remote files as GDAL sees them: Python file objects with names."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
+import numpy as np
 import rasterio
 from affine import Affine
 from rasterio.abc import MultiByteRangeResourceContainer
+from rasterio.enums import MaskFlags
 from rasterio.io import MemoryFile
+from rasterio.windows import Window
 
-from minecube.network import MissingError
+from minecube.arrays import UInt16
+from minecube.network import MissingError, RequestError
+from minecube.reader.tiles import clear_invalid
 from minecube.reader.transfer import Head, Tally
 
 _LEAST = 65536  # bytes, smallest plain read beyond the head; ranges of tiles are fetched exactly
@@ -229,3 +234,46 @@ def open_remote(
             yield image
         finally:
             context.run(image.close)
+
+
+class GdalImage:
+    """An open image, read through GDAL."""
+
+    def __init__(self, image: rasterio.DatasetReader, tally: Tally) -> None:
+        self.crs = image.crs
+        self.transform = image.transform
+        self.height, self.width = image.shape
+        self._image = image
+        self._tally = tally
+
+    def read(self, rows: range, columns: range, out: UInt16 | None = None) -> UInt16:
+        """Read a window within the image: uint16 [y, x], 0 at invalid pixels.
+
+        The pixels are put into `out` if given.
+
+        Raises:
+            RasterioError: The pixels cannot be decoded.
+            RequestError: Bytes of a remote file cannot be fetched.
+        """
+        window = Window(columns.start, rows.start, len(columns), len(rows))
+        self._count_stored(rows, columns)
+        pixels: UInt16 = self._image.read(1, window=window).astype(np.uint16, copy=False)
+        clear_invalid(pixels, self._image.nodata)
+        if MaskFlags.per_dataset in self._image.mask_flag_enums[0]:
+            pixels[self._image.read_masks(1, window=window) == 0] = 0
+        if self._tally.error:  # GDAL got zeros instead of missing bytes
+            raise RequestError(str(self._tally.error)) from self._tally.error
+        if out is None:
+            return pixels
+        out[:] = pixels
+        return out
+
+    def _count_stored(self, rows: range, columns: range) -> None:
+        """Count the stored bytes of a window of a local GeoTIFF: its compressed tiles."""
+        if self._tally.requests:
+            return  # a remote file: its bytes are already counted
+        height, width = self._image.block_shapes[0]
+        for y in range(rows.start // height, -(-rows.stop // height)):
+            for x in range(columns.start // width, -(-columns.stop // width)):
+                size = self._image.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)
+                self._tally.bytes += int(size or 0)

@@ -34,10 +34,11 @@ from minecube.network import (
     origin_of,
     remove_query,
 )
-from minecube.reader.gdal_file import RemoteFile, open_remote
+from minecube.reader.gdal_file import GdalImage, RemoteFile, open_remote
+from minecube.reader.geotiff import read_header
 from minecube.reader.gridding import Image, copy_to, nesting_of, read_nested, warp
 from minecube.reader.remote import Remote, remote_for
-from minecube.reader.tiles import DamagedTileError, GdalImage, TiledImage, read_header
+from minecube.reader.tiles import DamagedTileError, TiledImage
 from minecube.reader.transfer import Tally
 
 PLAIN = Access()
