@@ -185,7 +185,7 @@ def test_no_flipped_bit_passes_as_pixels(tmp_path, kind):
     assert lost > 240
 
 
-def change_field(path: Path, tag: int, value: int) -> None:
+def change_field(path: Path, tag: int, value: float) -> None:
     """Replace the first value of a field of a little-endian TIFF's first directory."""
     content = bytearray(path.read_bytes())
     (directory,) = struct.unpack_from("<I", content, 4)
@@ -194,7 +194,7 @@ def change_field(path: Path, tag: int, value: int) -> None:
         at = directory + 2 + 12 * number
         found, kind, count, place = struct.unpack_from("<HHII", content, at)
         if found == tag:
-            form, size = {3: ("<H", 2), 4: ("<I", 4)}[kind]
+            form, size = {3: ("<H", 2), 4: ("<I", 4), 12: ("<d", 8)}[kind]
             inline = size * count <= 4
             struct.pack_into(form, content, at + 8 if inline else place, value)
             path.write_bytes(content)
@@ -203,6 +203,7 @@ def change_field(path: Path, tag: int, value: int) -> None:
 
 
 HEIGHT_FIELD, COMPRESSION, TILE_WIDTH, TILE_OFFSETS, TILE_SIZES = 257, 259, 322, 324, 325
+CORNER = 33922
 
 
 @pytest.mark.parametrize(
@@ -267,6 +268,17 @@ def test_missing_tiles_have_no_pixels(tmp_path):
     expected[:64, :64] = 0
     np.testing.assert_array_equal(read(str(path), SCENE_GRID), expected)
     np.testing.assert_array_equal(read_by_gdal(path), expected)
+
+
+def test_the_corner_may_be_given_of_another_pixel(tmp_path):
+    """The second pixel of the first row is given the place of the first."""
+    pixels = unique_pixels(HEIGHT, WIDTH)
+    path = write_tif(tmp_path / "B04.tif", pixels, SCENE_GRID)
+    change_field(path, CORNER, 1.0)
+    with rasterio.open(path) as image:
+        assert image.transform.c == LEFT - 10
+    moved = read_by_gdal(path)[:, 1:]
+    np.testing.assert_array_equal(read(str(path), SCENE_GRID)[:, :-1], moved)
 
 
 def test_plain_tiles_may_end_with_padding(tmp_path):
