@@ -231,6 +231,18 @@ def test_reflectance_overviews_are_means_of_what_was_observed(tmp_path):
             assert (src.read(out_shape=(10, 700 // factor, 1100 // factor)) == 4000).all()
 
 
+def test_overviews_of_probabilities_keep_zeros(tmp_path):
+    """Zeros are valid: 255 is no data. Three of four pixels are unknown."""
+    cube = cube_on(GRID, [2020], probability=True)[["probability"]]
+    cube.probability[:] = 255
+    cube.probability[:, ::2, 1::2] = 0
+    (path,) = write_cogs(cube, GRID, tmp_path, "pit")
+    with rasterio.open(path) as src:
+        assert src.overviews(1) == [2, 4]
+        for factor in src.overviews(1):
+            assert (src.read(1, out_shape=(700 // factor, 1100 // factor)) == 0).all()
+
+
 def test_years_without_a_value_and_variables_without_a_place_get_no_file(tmp_path):
     cube = cube_on(SMALL)
     cube.reflectance.loc[{"year": 2021}] = 0

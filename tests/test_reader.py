@@ -166,6 +166,29 @@ def test_what_is_not_valid_is_no_pixel_and_mixed_into_none(tmp_path, where, how,
     assert expected.max() < 7777
 
 
+@pytest.mark.parametrize("resampling", [Resampling.nearest, Resampling.bilinear])
+@pytest.mark.parametrize("epsg", [32633, 32632])
+@pytest.mark.parametrize("nodata", [None, 0, 11])
+def test_zeros_of_a_warped_file_stay_zeros(tmp_path, nodata, epsg, resampling):
+    """GDAL 3.11 and later make ones of them if the source's nodata is another number or unknown."""
+    left, top, size = (LEFT + 3, TOP - 3, 60) if epsg == 32633 else (785160, 5605900, 70)
+    file_grid = grid_at(left, top, size, size, epsg)
+    classes = np.random.default_rng(3).integers(0, 11, (size, size)).astype(np.uint8)
+    classes[20:50, 20:50] = 0
+    path = write_tif(tmp_path / "SCL.tif", classes, file_grid, nodata=nodata)
+    grid = grid_at(LEFT + 100, TOP - 100, 40, 40)
+    x, y = np.meshgrid(grid.coordinates["x"].values, grid.coordinates["y"].values)
+    x, y = Transformer.from_crs(32633, epsg, always_xy=True).transform(x, y)
+    at = np.array([(top - y) / 10, (x - left) / 10])
+    between = np.abs(at - np.rint(at)).min(axis=0) < 0.02  # centres that may go to either pixel
+    expected = classes[tuple(np.floor(at).astype(int))]
+    got = read(str(path), grid, resampling)
+    np.testing.assert_array_equal((got == 0)[~between], (expected == 0)[~between])
+    assert 0.3 < (expected == 0).mean() < 0.9
+    if resampling is Resampling.nearest:
+        np.testing.assert_array_equal(got[~between], expected[~between])
+
+
 def test_a_defect_is_no_coarse_pixel_either(tmp_path):
     """A third of the file is a defect as large as the coarse pixels."""
     pixels = np.full((60, 60), 1400, np.uint16)

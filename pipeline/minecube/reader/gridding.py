@@ -181,6 +181,8 @@ def _resample(image: rasterio.DatasetReader, grid: GeoBox, resampling: Resamplin
     # independent of the window. Bilinear errs by less than a rounding step; exact positions would
     # take four times as long.
     tolerance = 1e-9 if resampling is Resampling.nearest else 1e-3
+    # Both nodata values are 0: with another one in the source, GDAL 3.11 and later turn zeros into
+    # ones.
     with WarpedVRT(
         image,
         crs=grid.crs.to_wkt(),
