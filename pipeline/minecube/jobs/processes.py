@@ -138,6 +138,8 @@ class Processes:
         def end(ended: Future[Any]) -> None:
             error = None if ended.cancelled() else ended.exception()
             is_dead = isinstance(error, BrokenProcessPool)
+            if is_dead:
+                _keep_until_ended(executor)
             if is_dead and _UNGUARDED in [process.exitcode for process in processes]:
                 error = UnguardedScriptError(
                     "the script starts a run when it is imported, and each worker imports it; "
@@ -172,6 +174,23 @@ class Processes:
                     process.kill()
         for executor in executors:
             executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _keep_until_ended(executor: ProcessPoolExecutor) -> None:
+    """Keep a broken executor until its manager thread has ended.
+
+    The manager thread would wait for its own lock if it dropped the last reference, and the process
+    would never end (Python 3.12.1 to 3.12.7 and 3.13.0).
+    """
+    manager = getattr(executor, "_executor_manager_thread", None)
+
+    def keep(_kept: ProcessPoolExecutor) -> None:
+        if manager is not None:
+            manager.join()
+
+    threading.Thread(
+        target=keep, args=(executor,), name="keep broken executor", daemon=True
+    ).start()
 
 
 def make_processes(count: int, module: str, temporary: str | None = None) -> Processes:
