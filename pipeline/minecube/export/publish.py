@@ -149,7 +149,8 @@ def publish_release(
             repository.create_tag(tag, snapshot)
         except icechunk.IcechunkError as error:
             repository.reset_branch("main", parent, from_snapshot_id=snapshot)
-            if "already exists" in str(error):  # deleted tags are not listed
+            # Deleted tags are not listed. Icechunk 1 says "exists", Icechunk 2 "deleted".
+            if re.search("already (exists|deleted)", str(error)):
                 raise CubeError(
                     f"{place}: tag {tag!r} was deleted, and Icechunk never reuses a tag; "
                     "choose another name"
