@@ -276,7 +276,7 @@ def _draw_curves(tables: ScoreTables, folder: Path, models: Sequence[str]) -> li
             for model, histogram in histograms.items()
         }
         pixels = next(iter(histograms.values())).pixels
-        share = float(pixels[:, 1].sum() / max(pixels.sum(), 1))
+        share = float(pixels[:, 1].sum() / max(int(pixels.sum()), 1))
         report.draw_precision_recall(curves, folder / name, title, share, models=models)
         paths.append(folder / name)
     return paths

@@ -98,7 +98,7 @@ class _Findings:
         finding: str,
         rows: gpd.GeoDataFrame,
         action: str,
-        details: str | Sequence[str] = "",
+        details: str | Sequence[str] | AnyArray = "",
         areas: AnyArray | None = None,
     ) -> None:
         """Add a finding for each row.

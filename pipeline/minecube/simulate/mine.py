@@ -66,7 +66,7 @@ def _draw_plan(grid: GeoBox, rng: np.random.Generator) -> _Plan:
         shapes=tuple(_draw_wobble(rng) for _ in range(6)),
         speed=rng.uniform(0.10, 0.15),
         growth=rng.uniform(0.02, 0.04),
-        sideways=rng.choice([-1.0, 1.0]),
+        sideways=float(rng.choice([-1.0, 1.0])),
         opens=rng.uniform(2013.5, 2019.5),
         closes=rng.uniform(2016.5, 2021.5),
     )

@@ -66,10 +66,10 @@ class Windows:
             (_grid_starts(height, self.size, step), _grid_starts(width, self.size, step))
             for height, width in (self.source.shape_of(site) for site, _ in self.survey.views)
         ]
-        counts = {
+        counts: dict[str, list[int]] = {
             "grid": [len(ys) * len(xs) for ys, xs in self._grids],
-            "known": [cells.sum() for cells in self.survey.known],
-            "rare": [cells.sum() for cells in self.survey.rare],
+            "known": [int(cells.sum()) for cells in self.survey.known],
+            "rare": [int(cells.sum()) for cells in self.survey.rare],
         }
         self._ends = {kind: np.cumsum(each) for kind, each in counts.items()}
 
