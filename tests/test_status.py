@@ -302,7 +302,7 @@ def test_status_of_an_object_store(bucket, tmp_path):
         (b'"transform": [', b'"transform": [1%b], "x": [' % (b"0" * 400)),
         (
             b'"recipe": {',
-            b'"recipe": {"id": "r", "deep": %b%b}, "x": {' % (b"[" * 3000, b"]" * 3000),
+            b'"recipe": {"id": "r", "deep": %b%b}, "x": {' % (b"[" * 100_000, b"]" * 100_000),
         ),
         (b'"crs": "', b'"crs": ["x"], "y": "'),
         (b'"recipe": {', b'"recipe": {"id": [1]}, "x": {'),
