@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PACKAGES := --editable '.[models,cluster,dev]'
 export MPLBACKEND := Agg
 # Idle threads of torch sleep. Spinning threads make training several times slower when other processes run.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test services real quick bench format clean
+.PHONY: demo test test-newest selection services real quick bench format clean
 
 demo: $(VENV)/installed
 	rm -rf build/demo
@@ -18,6 +19,21 @@ test: $(VENV)/installed services
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(MAKE) test-newest
+
+# A selection of tests on the newest Python from 3.12 on that pyenv or PATH has. It needs no torch, which is large.
+NEWEST := .venv-newest
+SELECTED := reader tiles grid day_mosaics composite registration cube pack release_archive release_layout release_import \
+  export export_cubes export_cli audit_cli publish process_deaths
+SELECTED_NEED := --editable '.[publish]' compliance-checker cryptography hypothesis jsonschema 'moto[server]' odc-stac \
+  pytest pytest-socket pytest-xdist rio-cogeo zarr-cm
+test-newest: $(VENV)/installed
+	@newest=$$($(BIN)/python tests/newest_python.py); if [ -n "$$newest" ]; then \
+	  $(MAKE) selection VENV=$(NEWEST) PYTHON="$$newest" PACKAGES="$(SELECTED_NEED)"; \
+	fi
+
+selection: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto --dist loadfile $(SELECTED:%=tests/test_%.py)
 
 # Postgres with PostGIS for a real STAC API, and a SLURM of one node: tests start both. Debian would start a Postgres of its own at
 # installation; the setting in CLUSTERS prevents this.
@@ -62,8 +78,8 @@ format: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[models,cluster,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(PACKAGES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(NEWEST) build dist
