@@ -8,6 +8,7 @@ Document, issue 14.9, section 3.2).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
@@ -27,9 +28,12 @@ from minecube.vectors import extract_polygons
 PIXEL_M = 10
 ALIGN_M = 60  # coarsest native pixel
 LARGEST_PX = 100_000
+WINDOW_PX = 510
+"""Side of the windows of `choose_windows`: the multiple of 60 m next to a tile of 512 pixels."""
 PIXEL_DEG = 10 / 111319.490793
 """Ten metres on the equator in degrees: the pixel of exports to EPSG:4326 at 10 m, as
 EuroMineNet's."""
+_SCL_PX = 2  # side of a pixel of SCL, in pixels of 10 m
 BlockSlices = tuple[slice, slice]
 
 _LONLAT = CRS("EPSG:4326")
@@ -184,6 +188,41 @@ def iterate_blocks(grid: GeoBox, size_px: int) -> Iterator[BlockSlices]:
     for y in range(0, height, size_px):
         for x in range(0, width, size_px):
             yield slice(y, min(y + size_px, height)), slice(x, min(x + size_px, width))
+
+
+def choose_windows(grid: GeoBox, tiles: GeoBox | None, cell_px: int = LARGEST_PX) -> list[GeoBox]:
+    """Choose windows of `WINDOW_PX` in the middle of cells that divide the grid.
+
+    Cells have `cell_px` or more, so a smaller grid has one window. A grid smaller than a window is
+    itself the window. Windows begin at multiples of 60 m. With `tiles` of files, one pixel per tile,
+    they then move to the nearest place within one tile, by whole pixels of SCL. Elsewhere, a window
+    usually takes four tiles.
+    """
+    step = ALIGN_M // PIXEL_M
+    slices: list[list[slice]] = []
+    for axis, side in enumerate(grid.shape):
+        cells = max(side // cell_px, 1)
+        ends = [side * (2 * cell + 1) // cells for cell in range(cells)]
+        starts = [max(end - WINDOW_PX, 0) // 2 // step * step for end in ends]
+        if tiles is not None and tiles.crs == grid.crs and side > WINDOW_PX:
+            numbers = ~grid.transform @ tiles.transform  # numbers of tiles to pixels of the grid
+            edge, tile = [(numbers.f, numbers.e), (numbers.c, numbers.a)][axis]
+            starts = [_move_into_tile(start, side, edge, tile) for start in starts]
+        slices.append([slice(start, min(start + WINDOW_PX, side)) for start in starts])
+    return [grid[rows, columns] for rows in slices[0] for columns in slices[1]]
+
+
+def _move_into_tile(start: int, side: int, edge: float, tile: float) -> int:
+    """Move a window along a side into one tile: its new start, or the old one if none fits."""
+    places = []
+    first = (start - edge) // tile
+    for number in (first - 1, first, first + 1):
+        lowest = _SCL_PX * math.ceil((edge + number * tile) / _SCL_PX)
+        highest = _SCL_PX * math.floor((edge + (number + 1) * tile - WINDOW_PX) / _SCL_PX)
+        place = min(max(start, lowest, 0), highest, side - WINDOW_PX)
+        if place >= max(lowest, 0):
+            places.append(place)
+    return min(places, key=lambda place: abs(place - start), default=start)
 
 
 @functools.lru_cache(

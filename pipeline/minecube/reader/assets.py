@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from rasterio.enums import Resampling
 from minecube.arrays import Int32, UInt16
 from minecube.catalog import SCL, Access
 from minecube.errors import ReadError, UnusableFileError
+from minecube.grid import WINDOW_PX
 from minecube.network import (
     ForbiddenError,
     MissingError,
@@ -29,7 +31,7 @@ from minecube.network import (
 )
 from minecube.reader.gridding import copy_to
 from minecube.reader.ledger import Ledger
-from minecube.reader.raster import File, need_header, read_file
+from minecube.reader.raster import File, find_tiles, need_header, read_file
 from minecube.reader.transfer import Tally
 
 READ_THREADS = 64
@@ -83,6 +85,33 @@ class Asset:
             bytes=tally.bytes,
             seconds=time.perf_counter() - began,
         )
+
+
+def find_common_tiles(
+    scenes: Sequence[pystac.Item], band: str, grid: GeoBox, ledger: Ledger | None
+) -> GeoBox | None:
+    """Return the tiles in the files of a band as a grid, one pixel per tile.
+
+    Returns None if the scenes are of several Sentinel-2 tiles, the first file cannot be read, or the
+    grid is no larger than a window. Reads the header only, which later reads do not request again.
+    """
+    names = {scene.properties.get("s2:mgrs_tile") for scene in scenes}
+    if len(names) != 1 or max(grid.shape) <= WINDOW_PX:
+        return None
+    tally = Tally()
+    try:
+        return find_tiles(asset_of(scenes[0], band).file, tally)
+    except ReadError:
+        return None
+    finally:
+        if ledger is not None:
+            ledger.add(
+                scenes[0].id,
+                band,
+                requests=tally.requests,
+                retried=tally.retried,
+                bytes=tally.bytes,
+            )
 
 
 def asset_of(scene: pystac.Item, band: str) -> Asset:
@@ -164,9 +193,32 @@ def start_read(
 ) -> Future[UInt16]:
     """Start `read_band` on the process's shared threads: many for remote files, few for local
     ones."""
+    return _threads_for(scene, band).submit(read_band, scene, band, grid, ledger, out)
+
+
+def start_stored_read(
+    scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None
+) -> Future[UInt16]:
+    """Start to read a band as stored: with its offset, and without a shift of registration."""
+    resampling = Resampling.nearest if band == SCL else Resampling.bilinear
+    read = asset_of(scene, band).read
+    return _threads_for(scene, band).submit(read, grid, resampling, ledger)
+
+
+def wait_for(reads: Iterable[Future[UInt16]]) -> Iterator[UInt16]:
+    """Yield the pixels of reads in their order; if one fails, cancel those not yet begun."""
+    waiting = deque(reads)
+    try:
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for read in waiting:
+            read.cancel()
+
+
+def _threads_for(scene: pystac.Item, band: str) -> ThreadPoolExecutor:
     is_remote = band in scene.assets and not is_local(scene.assets[band].href)
-    pool = threads(READ_THREADS if is_remote else LOCAL_THREADS)
-    return pool.submit(read_band, scene, band, grid, ledger, out)
+    return threads(READ_THREADS if is_remote else LOCAL_THREADS)
 
 
 @functools.cache

@@ -37,6 +37,8 @@ class Image(Protocol):
     transform: Affine
     height: int
     width: int
+    block: tuple[int, int]
+    """Height and width of a tile."""
 
     def read(self, rows: range, columns: range, out: UInt16 | None = None) -> UInt16:
         """Read a window within the image: uint16 [y, x], 0 at invalid pixels."""

@@ -98,15 +98,30 @@ def read_file(
             2000, or larger than a Sentinel-2 tile. It has several bands, or is not of unsigned
             integers up to 16 bits.
     """
-    tally = tally or Tally()
+    with _open_placed(file, tally or Tally()) as image:
+        nesting = nesting_of(image, grid)
+        if nesting:
+            return read_nested(image, grid, nesting, out)
+        return copy_to(warp(image, grid, resampling), out)
+
+
+def find_tiles(file: File, tally: Tally) -> GeoBox:
+    """Return a file's tiles as a grid, one pixel per tile. Raises as `read_file` does."""
+    with _open_placed(file, tally) as image:
+        height, width = image.block
+        shape = (-(-image.height // height), -(-image.width // width))
+        corner = image.transform @ Affine.scale(width, height)
+        return GeoBox(shape, corner, image.crs and image.crs.to_wkt())
+
+
+@contextmanager
+def _open_placed(file: File, tally: Tally) -> Iterator[Image]:
+    """Open an image with a place within a context; any failure there raises ReadError."""
     name = remove_query(file.href)
     try:
         with rasterio.Env(**images.SETTINGS), _open(file, name, tally) as image:
             _need_place(image, name)
-            nesting = nesting_of(image, grid)
-            if nesting:
-                return read_nested(image, grid, nesting, out)
-            return copy_to(warp(image, grid, resampling), out)
+            yield image
     except ForbiddenError as error:
         raise ReadError(
             f"{name}: is not read ({error}), so its site-year is not written; replace the file"
