@@ -30,6 +30,8 @@ ALIGN_M = 60  # coarsest native pixel
 LARGEST_PX = 100_000
 WINDOW_PX = 510
 """Side of the windows of `choose_windows`: the multiple of 60 m next to a tile of 512 pixels."""
+CELL_PX = 1500
+"""Least side of the cells with one window each, for looks at scenes (`minecube.scenes.looks`)."""
 PIXEL_DEG = 10 / 111319.490793
 """Ten metres on the equator in degrees: the pixel of exports to EPSG:4326 at 10 m, as
 EuroMineNet's."""
@@ -193,8 +195,8 @@ def iterate_blocks(grid: GeoBox, size_px: int) -> Iterator[BlockSlices]:
 def choose_windows(grid: GeoBox, tiles: GeoBox | None, cell_px: int = LARGEST_PX) -> list[GeoBox]:
     """Choose windows of `WINDOW_PX` in the middle of cells that divide the grid.
 
-    Cells have `cell_px` or more, so a smaller grid has one window. A grid smaller than a window is
-    itself the window. Windows begin at multiples of 60 m. With `tiles` of files, one pixel per tile,
+    Cells have `cell_px` or more, so a grid of less than two of them has one window. A grid smaller
+    than a window is itself the window. Windows begin at multiples of 60 m. With `tiles` of files, one pixel per tile,
     they then move to the nearest place within one tile, by whole pixels of SCL. Elsewhere, a window
     usually takes four tiles.
     """

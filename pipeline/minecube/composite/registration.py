@@ -108,7 +108,8 @@ def measure_shifts(
 
     Reads SCL of each scene in the middle of the site, and one band of scenes with enough clear
     ground. `known` are pixels already read: (scene id, band, grid) -> SCL, or numbers with or
-    without their offset. Edges do not depend on it.
+    without their offset. Edges do not depend on it. If the band is known on one grid, this is the
+    middle.
 
     Raises:
         ReadError: A pixel cannot be read, and the ledger does not allow this.
@@ -119,8 +120,12 @@ def measure_shifts(
             Shift(scene=scene.id, dx_m=None, dy_m=None, peak=None, pixels=0) for scene in scenes
         ]
     band, size_m = _choose_finest_band(scenes, bands)
-    (window,) = choose_windows(grid, find_common_tiles(scenes, band, grid, ledger))
-    edges = _read_edges(scenes, band, coarsen(window, size_m), ledger, known or {})
+    known = known or {}
+    windows = list({known_grid for _, known_band, known_grid in known if known_band == band})
+    if len(windows) != 1:
+        tiles = find_common_tiles(scenes, band, grid, ledger)
+        windows = [coarsen(w, size_m) for w in choose_windows(grid, tiles)]
+    edges = _read_edges(scenes, band, windows[0], ledger, known)
     moves_px, peaks = compare(edges)
     rows = zip(scenes, edges, moves_px * size_m, peaks.tolist(), strict=True)
     return [

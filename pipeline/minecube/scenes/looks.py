@@ -20,7 +20,7 @@ from odc.geo.geobox import GeoBox
 from minecube.arrays import Float32, UInt16
 from minecube.catalog import SCL
 from minecube.errors import ReadError
-from minecube.grid import PIXEL_M, choose_windows, coarsen
+from minecube.grid import CELL_PX, PIXEL_M, choose_windows, coarsen
 from minecube.reader import Ledger, find_common_tiles, start_stored_read, wait_for
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ _BANDS = ("B02", "B04", "B12", "B11", "B03", "B05", "B06", "B07", "B08", "B8A")
 They are far apart in the spectrum, so cloud and snow change them differently.
 """
 _PIXELS = 40_000  # most pixels per look: all in a place of 4 km, else every second or less
-_CELL_PX = 1500  # a place larger than two of them is seen in several windows
 _RED = "B04"  # the band of registration
 _SCL_M = 20
 
@@ -101,7 +100,7 @@ def _read_look(
             scl=np.empty((0, 0), np.uint16),
         )
     tiles = find_common_tiles(scenes, (*bands, SCL)[0], grid, ledger)
-    windows = choose_windows(grid, tiles, _CELL_PX)
+    windows = choose_windows(grid, tiles, CELL_PX)
     pixels = sum(math.prod(coarsen(window, _SCL_M).shape) for window in windows)
     step = math.ceil(pixels / _PIXELS)
     parts = []
