@@ -43,7 +43,7 @@ from scipy import fft, ndimage
 from minecube.arrays import Bool, Complex64, Float32, Float64, UInt16
 from minecube.catalog import SCL, Registration
 from minecube.grid import PIXEL_M, choose_windows, coarsen
-from minecube.reader import Ledger, find_common_tiles, start_read, wait_for
+from minecube.reader import Ledger, find_common_tiles, remove_offset, start_read, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +107,8 @@ def measure_shifts(
     """Measure one shift per scene, in the given order.
 
     Reads SCL of each scene in the middle of the site, and one band of scenes with enough clear
-    ground. `known` are pixels already read: (scene id, band, grid) -> SCL, or numbers with or
-    without their offset. Edges do not depend on it. If the band is known on one grid, this is the
-    middle.
+    ground. `known` are stored pixels already read, by scene id, band and grid, as in a look. If they
+    have this band on one grid, this grid is the middle.
 
     Raises:
         ReadError: A pixel cannot be read, and the ledger does not allow this.
@@ -409,8 +408,12 @@ def _read_edges(
     def read(scenes: Sequence[pystac.Item], band: str) -> list[UInt16]:
         unknown = [scene for scene in scenes if (scene.id, band, grid) not in known]
         reads = wait_for([start_read(scene, band, grid, ledger) for scene in unknown])
-        pixels = {scene.id: pixels for scene, pixels in zip(unknown, reads, strict=True)}
-        return [pixels[s.id] if s.id in pixels else known[s.id, band, grid] for s in scenes]
+        pixels = dict(zip((scene.id for scene in unknown), reads, strict=True))
+        for scene in scenes:
+            if scene.id not in pixels:
+                offset = 0 if band == SCL else scene.properties["minecube:offset"]
+                pixels[scene.id] = remove_offset(known[scene.id, band, grid], offset)
+        return [pixels[scene.id] for scene in scenes]
 
     clear = [~np.isin(layer, _HIDDEN) for layer in read(scenes, SCL)]
     clear_enough = [n for n, layer in enumerate(clear) if np.count_nonzero(layer) >= _LEAST]
