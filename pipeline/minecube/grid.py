@@ -29,9 +29,11 @@ PIXEL_M = 10
 ALIGN_M = 60  # coarsest native pixel
 LARGEST_PX = 100_000
 WINDOW_PX = 510
-"""Side of the windows of `choose_windows`: the multiple of 60 m next to a tile of 512 pixels."""
+"""Side of the windows of `choose_windows`: the largest multiple of 60 m in a tile of 512 pixels."""
 CELL_PX = 1500
-"""Least side of the cells with one window each, for looks at scenes (`minecube.scenes.looks`)."""
+"""Least side of the cells with one window each, for looks at scenes (`minecube.scenes.looks`).
+
+With smaller cells, the checks would take more than 5 % of a build's bytes."""
 PIXEL_DEG = 10 / 111319.490793
 """Ten metres on the equator in degrees: the pixel of exports to EPSG:4326 at 10 m, as
 EuroMineNet's."""

@@ -1,9 +1,11 @@
 """Read a thin sample of all scenes of a site-year, to judge them before compositing.
 
-A look reads whole files of small places. Of a place larger than 5 km it reads windows of 510 pixels,
-one per cell of at least 15 km, which lie within one file tile where possible. Overviews are not read:
-a tile of an overview costs as much as one of the image. Averages over 60 m and more also mix ground with
-cloud, and overviews of SCL may have false classes.
+A look covers all of a site up to 5 km. In a larger site it reads windows of 5 km, one per cell of
+15 km or more. Each window lies in one tile of the files where possible (`choose_windows`).
+
+Overviews are not read, so the method of their making does not matter. One tile of an overview has as
+many bytes as one tile of the image. At 10 km, only overviews of 320 m would take fewer bytes than a
+window. Hardly any of their pixels are free of cloud. Overviews of SCL may have false classes.
 """
 
 from __future__ import annotations
