@@ -246,6 +246,10 @@ def test_without_common_tiles_windows_stay_in_the_middle(archive):
     assert find_common_tiles([scene], "B04", where, None) is None
     Path(scene.assets["B02"].href).write_bytes(b"II*\0 and nothing else")
     assert find_common_tiles([scene], "B02", where, None) is None
+    with rasterio.open(other.assets["B04"].href, "r+") as image:
+        assert find_common_tiles([other], "B04", where, None) is not None
+        image.crs = rasterio.CRS.from_wkt('LOCAL_CS["somewhere", UNIT["metre", 1]]')
+    assert find_common_tiles([other], "B04", where, None) is None
 
 
 @pytest.mark.parametrize("flag", ["True", "False"])

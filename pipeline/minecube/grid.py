@@ -198,9 +198,9 @@ def choose_windows(grid: GeoBox, tiles: GeoBox | None, cell_px: int = LARGEST_PX
     """Choose windows of `WINDOW_PX` in the middle of cells that divide the grid.
 
     Cells have `cell_px` or more, so a grid of less than two of them has one window. A grid smaller
-    than a window is itself the window. Windows begin at multiples of 60 m. With `tiles` of files, one pixel per tile,
-    they then move to the nearest place within one tile, by whole pixels of SCL. Elsewhere, a window
-    usually takes four tiles.
+    than a window is itself the window. Windows begin at multiples of 60 m. With `tiles` of files,
+    one pixel per tile, they then move to the nearest place within one tile, by whole pixels of SCL.
+    Elsewhere, a window usually takes four tiles.
     """
     step = ALIGN_M // PIXEL_M
     slices: list[list[slice]] = []

@@ -92,15 +92,16 @@ def find_common_tiles(
 ) -> GeoBox | None:
     """Return the tiles in the files of a band as a grid, one pixel per tile.
 
-    Returns None if the scenes are of several Sentinel-2 tiles, the first file cannot be read, or the
-    grid is no larger than a window. Reads the header only, which later reads do not request again.
+    Returns None if the scenes are of several Sentinel-2 tiles, or the first file is in another zone
+    than the grid or cannot be read. Also if the grid is no larger than a window. Reads the header
+    only, which later reads do not request again.
     """
     names = {scene.properties.get("s2:mgrs_tile") for scene in scenes}
     if len(names) != 1 or max(grid.shape) <= WINDOW_PX:
         return None
     tally = Tally()
     try:
-        return find_tiles(asset_of(scenes[0], band).file, tally)
+        return find_tiles(asset_of(scenes[0], band).file, grid, tally)
     except ReadError:
         return None
     finally:
@@ -200,9 +201,12 @@ def start_stored_read(
     scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None
 ) -> Future[UInt16]:
     """Start to read a band as stored: with its offset, and without a shift of registration."""
-    resampling = Resampling.nearest if band == SCL else Resampling.bilinear
-    read = asset_of(scene, band).read
-    return _threads_for(scene, band).submit(read, grid, resampling, ledger)
+
+    def read() -> UInt16:
+        resampling = Resampling.nearest if band == SCL else Resampling.bilinear
+        return asset_of(scene, band).read(grid, resampling, ledger)
+
+    return _threads_for(scene, band).submit(read)
 
 
 def wait_for(reads: Iterable[Future[UInt16]]) -> Iterator[UInt16]:

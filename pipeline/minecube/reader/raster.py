@@ -36,7 +36,7 @@ from minecube.network import (
 )
 from minecube.reader.gdal_file import GdalImage, RemoteFile, open_remote
 from minecube.reader.geotiff import read_header
-from minecube.reader.gridding import Image, copy_to, nesting_of, read_nested, warp
+from minecube.reader.gridding import Image, copy_to, has_crs_of, nesting_of, read_nested, warp
 from minecube.reader.remote import Remote, remote_for
 from minecube.reader.tiles import DamagedTileError, TiledImage
 from minecube.reader.transfer import Tally
@@ -105,13 +105,17 @@ def read_file(
         return copy_to(warp(image, grid, resampling), out)
 
 
-def find_tiles(file: File, tally: Tally) -> GeoBox:
-    """Return a file's tiles as a grid, one pixel per tile. Raises as `read_file` does."""
+def find_tiles(file: File, grid: GeoBox, tally: Tally) -> GeoBox | None:
+    """Return a file's tiles as a grid, one pixel per tile; None in another CRS than the grid's.
+
+    Raises as `read_file` does.
+    """
     with _open_placed(file, tally) as image:
+        if not has_crs_of(image, grid):
+            return None
         height, width = image.block
         shape = (-(-image.height // height), -(-image.width // width))
-        corner = image.transform @ Affine.scale(width, height)
-        return GeoBox(shape, corner, image.crs and image.crs.to_wkt())
+        return GeoBox(shape, image.transform @ Affine.scale(width, height), grid.crs)
 
 
 @contextmanager
