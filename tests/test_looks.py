@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from affine import Affine
 from hypothesis import given
 from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
@@ -16,19 +15,13 @@ from rasterio.enums import Resampling
 
 from known_scenes import grid_at, serve, write_tif
 from minecube.composite.registration import measure_shifts
-from minecube.grid import CELL_PX, WINDOW_PX, choose_windows
+from minecube.grid import CELL_PX, WINDOW_PX, TileEdges, choose_windows
 from minecube.reader import HEAD_BYTES, Ledger, find_common_tiles
 from minecube.scenes.looks import read_look
 
 LEFT, TOP = 360000, 5600040
 VEGETATION = 4
 BANDS = ("B02", "B04", "B12")
-
-
-def tiles_from(grid: GeoBox, row: int, column: int, side: int, number: int = 40) -> GeoBox:
-    """Tiles of a file that begins this many pixels below and right of a grid, or above and left of it."""
-    corner = grid.transform @ Affine.translation(column, row) @ Affine.scale(side)
-    return GeoBox((number, number), corner, grid.crs)
 
 
 def start_of(window: GeoBox, grid: GeoBox) -> tuple[int, int]:
@@ -45,13 +38,11 @@ def start_of(window: GeoBox, grid: GeoBox) -> tuple[int, int]:
     cell=st.sampled_from([CELL_PX, 100_000]),
 )
 def test_windows_against_brute_force(side, edge, tile, cell):
-    """Rows move to the nearest place in a tile, tried one by one; columns, with tiles of another zone, do not move."""
+    """Rows move to the nearest place in a tile, tried one by one, and so do columns."""
     grid = grid_at(LEFT, TOP, side, side)
-    tiles = tiles_from(grid, edge, edge, tile)
-    windows = choose_windows(grid, tiles, cell)
-    unmoved = choose_windows(grid, None, cell)
-    elsewhere = GeoBox(tiles.shape, tiles.transform, "EPSG:32634")
-    assert choose_windows(grid, elsewhere, cell) == unmoved
+    tiles = TileEdges(edge, edge + 100 * tile, tile)
+    windows = choose_windows(grid, [(tiles, tiles)], cell)
+    unmoved = choose_windows(grid, (), cell)
     per_side = max(side // cell, 1)
     assert len(windows) == len(unmoved) == per_side**2
     for n, (window, middle) in enumerate(zip(windows, unmoved, strict=True)):
@@ -70,6 +61,23 @@ def test_windows_against_brute_force(side, edge, tile, cell):
                 assert abs(moved - start) == min(abs(p - start) for p in fits)
     if side >= 2 * (WINDOW_PX + 2) and tile >= WINDOW_PX + 2:
         assert fits  # as a plan expects
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ((-6000, 5000), 482),  # covers all
+        ((500, 5000), 482),  # covers more of the new window
+        ((-6000, 700), 252),  # would cover less of it
+        ((-6000, 100), 482),  # covers none of either
+    ],
+)
+def test_a_window_does_not_leave_a_file(other, expected):
+    """Of 1020 pixels, with tiles from -30 on: the middle at 252 moves to the tile from 482 on, or stays."""
+    grid = grid_at(LEFT, TOP, 1020, 1020)
+    most = TileEdges(-30, 5000, 512)
+    ((window),) = choose_windows(grid, [(most, most), (most, TileEdges(*other, 512))])
+    assert start_of(window, grid) == (482, expected)
 
 
 def land(archive, where, days=(1,), scl=VEGETATION, tile="33UUR", seed=0, **properties):
@@ -226,30 +234,33 @@ def test_tiles_are_those_of_gdal(archive):
     where = grid_at(LEFT, TOP, 800, 700)
     (scene,) = land(archive, where)
     ledger = Ledger()
-    tiles = find_common_tiles([scene], "B12", where, ledger)
+    ((rows, columns),) = find_common_tiles([scene], "B12", where, ledger)
     with rasterio.open(scene.assets["B12"].href) as image:
-        windows = {place: image.window_transform(w) for place, w in image.block_windows(1)}
-        assert tiles.crs.epsg == image.crs.to_epsg()
-    assert tiles.shape == tuple(n + 1 for n in max(windows))
-    for (row, column), transform in windows.items():
-        assert tiles.transform * (column, row) == transform * (0, 0)
+        for (row, column), window in image.block_windows(1):
+            left, top = image.window_transform(window) * (0, 0)
+            assert TOP - 10 * (rows.start + row * rows.step) == top
+            assert LEFT + 10 * (columns.start + column * columns.step) == left
+        assert LEFT + 10 * columns.stop == image.bounds.right
+        assert TOP - 10 * rows.stop == image.bounds.bottom
     assert ledger.totals()["planned"] == 0  # a header is no read
-    assert find_common_tiles([scene], "B12", where[:510, :510], None) is None  # no need
+    assert find_common_tiles([scene], "B12", where[:510, :510], None) == []  # no need
 
 
 def test_without_common_tiles_windows_stay_in_the_middle(archive):
     where = grid_at(LEFT, TOP, 800, 800)
     (scene,) = land(archive, where)
     (other,) = land(archive, where, (2,), tile="33UVR")
-    assert find_common_tiles([scene, other], "B04", where, None) is None
+    assert len(find_common_tiles([scene, other], "B04", where, None)) == 2
+    elsewhere = GeoBox(where.shape, where.transform, "EPSG:32634")
+    assert find_common_tiles([scene, other], "B04", elsewhere, None) == []
     Path(scene.assets["B04"].href).unlink()
-    assert find_common_tiles([scene], "B04", where, None) is None
+    assert find_common_tiles([scene], "B04", where, None) == []
     Path(scene.assets["B02"].href).write_bytes(b"II*\0 and nothing else")
-    assert find_common_tiles([scene], "B02", where, None) is None
+    assert find_common_tiles([scene], "B02", where, None) == []
     with rasterio.open(other.assets["B04"].href, "r+") as image:
-        assert find_common_tiles([other], "B04", where, None) is not None
+        assert find_common_tiles([other], "B04", where, None) != []
         image.crs = rasterio.CRS.from_wkt('LOCAL_CS["somewhere", UNIT["metre", 1]]')
-    assert find_common_tiles([other], "B04", where, None) is None
+    assert find_common_tiles([other], "B04", where, None) == []
 
 
 @pytest.mark.parametrize("flag", ["True", "False"])

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import pyproj
@@ -194,13 +195,29 @@ def iterate_blocks(grid: GeoBox, size_px: int) -> Iterator[BlockSlices]:
             yield slice(y, min(y + size_px, height)), slice(x, min(x + size_px, width))
 
 
-def choose_windows(grid: GeoBox, tiles: GeoBox | None, cell_px: int = LARGEST_PX) -> list[GeoBox]:
+class TileEdges(NamedTuple):
+    """Edges of a file's tiles along one side of a grid, in pixels of the grid."""
+
+    start: float
+    """The file's first edge; negative before the grid."""
+    stop: float
+    """The file's last edge."""
+    step: float
+    """Side of a tile."""
+
+
+def choose_windows(
+    grid: GeoBox,
+    tiles: Sequence[tuple[TileEdges, TileEdges]] = (),
+    cell_px: int = LARGEST_PX,
+) -> list[GeoBox]:
     """Choose windows of `WINDOW_PX` in the middle of cells that divide the grid.
 
     Cells have `cell_px` or more, so a grid of less than two of them has one window. A grid smaller
-    than a window is itself the window. Windows begin at multiples of 60 m. With `tiles` of files,
-    one pixel per tile, they then move to the nearest place within one tile, by whole pixels of SCL.
-    Elsewhere, a window usually takes four tiles.
+    than a window is itself the window. Windows begin at multiples of 60 m. With `tiles` of files
+    (rows and columns), they then move to the nearest place within one tile of the first file, by
+    whole pixels of SCL. No file covers less of a window then. Elsewhere, a window usually takes four
+    tiles.
     """
     step = ALIGN_M // PIXEL_M
     slices: list[list[slice]] = []
@@ -208,25 +225,31 @@ def choose_windows(grid: GeoBox, tiles: GeoBox | None, cell_px: int = LARGEST_PX
         cells = max(side // cell_px, 1)
         ends = [side * (2 * cell + 1) // cells for cell in range(cells)]
         starts = [max(end - WINDOW_PX, 0) // 2 // step * step for end in ends]
-        if tiles is not None and tiles.crs == grid.crs and side > WINDOW_PX:
-            numbers = ~grid.transform @ tiles.transform  # numbers of tiles to pixels of the grid
-            edge, tile = [(numbers.f, numbers.e), (numbers.c, numbers.a)][axis]
-            starts = [_move_into_tile(start, side, edge, tile) for start in starts]
+        if tiles and side > WINDOW_PX:
+            edges = [file[axis] for file in tiles]
+            starts = [_move_into_tile(start, side, edges) for start in starts]
         slices.append([slice(start, min(start + WINDOW_PX, side)) for start in starts])
     return [grid[rows, columns] for rows in slices[0] for columns in slices[1]]
 
 
-def _move_into_tile(start: int, side: int, edge: float, tile: float) -> int:
+def _move_into_tile(start: int, side: int, files: Sequence[TileEdges]) -> int:
     """Move a window along a side into one tile: its new start, or the old one if none fits."""
     places = []
+    edge, _, tile = files[0]
     first = (start - edge) // tile
     for number in (first - 1, first, first + 1):
         lowest = _SCL_PX * math.ceil((edge + number * tile) / _SCL_PX)
         highest = _SCL_PX * math.floor((edge + (number + 1) * tile - WINDOW_PX) / _SCL_PX)
         place = min(max(start, lowest, 0), highest, side - WINDOW_PX)
-        if place >= max(lowest, 0):
+        is_covered = all(_overlap(file, place) >= _overlap(file, start) for file in files)
+        if place >= max(lowest, 0) and is_covered:
             places.append(place)
     return min(places, key=lambda place: abs(place - start), default=start)
+
+
+def _overlap(file: TileEdges, start: int) -> float:
+    """Return how much of a window a file covers along one side, in pixels."""
+    return max(min(file.stop, start + WINDOW_PX) - max(file.start, start), 0)
 
 
 @functools.lru_cache(

@@ -263,7 +263,7 @@ def _count_checks(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -
     All bands count like the recipe's first one at 10 m. Headers of the recipe's bands are counted
     with the composite, those of other bands here.
     """
-    windows = choose_windows(grid, None, CELL_PX)
+    windows = choose_windows(grid, (), CELL_PX)
     has_red = all(pixel_size_of(_RED, [s]) == PIXEL_M for s in scenes if _RED in s.assets)
     is_shared = len(windows) == 1 and has_red and all(_RED in s.assets for s in scenes)
     counts = [_OFFSET_BANDS] * len(windows)

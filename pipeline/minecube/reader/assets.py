@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from rasterio.enums import Resampling
 from minecube.arrays import Int32, UInt16
 from minecube.catalog import SCL, Access
 from minecube.errors import ReadError, UnusableFileError
-from minecube.grid import WINDOW_PX
+from minecube.grid import WINDOW_PX, TileEdges
 from minecube.network import (
     ForbiddenError,
     MissingError,
@@ -89,30 +89,30 @@ class Asset:
 
 def find_common_tiles(
     scenes: Sequence[pystac.Item], band: str, grid: GeoBox, ledger: Ledger | None
-) -> GeoBox | None:
-    """Return the tiles in the files of a band as a grid, one pixel per tile.
+) -> list[tuple[TileEdges, TileEdges]]:
+    """Return the edges of the file tiles of each Sentinel-2 tile, the one with most scenes first.
 
-    Returns None if the scenes are of several Sentinel-2 tiles, or the first file is in another zone
-    than the grid or cannot be read. Also if the grid is no larger than a window. Reads the header
-    only, which later reads do not request again.
+    Returns an empty list if a scene is in another zone than the grid, or a file cannot be read. Also
+    if the grid is no larger than a window. Reads headers only, which later reads do not request again.
     """
-    names = {scene.properties.get("s2:mgrs_tile") for scene in scenes}
-    if len(names) != 1 or max(grid.shape) <= WINDOW_PX:
-        return None
-    tally = Tally()
-    try:
-        return find_tiles(asset_of(scenes[0], band).file, grid, tally)
-    except ReadError:
-        return None
-    finally:
+    if max(grid.shape, default=0) <= WINDOW_PX:
+        return []
+    names = [scene.properties.get("s2:mgrs_tile") for scene in scenes]
+    found = []
+    for name, _ in Counter(names).most_common():
+        scene = scenes[names.index(name)]
+        tally = Tally()
+        try:
+            tiles = find_tiles(asset_of(scene, band).file, grid, tally)
+        except ReadError:
+            tiles = None
         if ledger is not None:
-            ledger.add(
-                scenes[0].id,
-                band,
-                requests=tally.requests,
-                retried=tally.retried,
-                bytes=tally.bytes,
-            )
+            requests, retried, read_bytes = tally.requests, tally.retried, tally.bytes
+            ledger.add(scene.id, band, requests=requests, retried=retried, bytes=read_bytes)
+        if tiles is None:
+            return []
+        found.append(tiles)
+    return found
 
 
 def asset_of(scene: pystac.Item, band: str) -> Asset:

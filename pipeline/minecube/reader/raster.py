@@ -24,6 +24,7 @@ from minecube import images
 from minecube.arrays import UInt16
 from minecube.catalog import Access
 from minecube.errors import LostReadError, ReadError, UnusableFileError
+from minecube.grid import TileEdges
 from minecube.network import (
     ForbiddenError,
     MissingError,
@@ -105,17 +106,18 @@ def read_file(
         return copy_to(warp(image, grid, resampling), out)
 
 
-def find_tiles(file: File, grid: GeoBox, tally: Tally) -> GeoBox | None:
-    """Return a file's tiles as a grid, one pixel per tile; None in another CRS than the grid's.
+def find_tiles(file: File, grid: GeoBox, tally: Tally) -> tuple[TileEdges, TileEdges] | None:
+    """Return the edges of a file's rows and columns of tiles; None in another CRS than the grid's.
 
     Raises as `read_file` does.
     """
     with _open_placed(file, tally) as image:
         if not has_crs_of(image, grid):
             return None
+        t = ~grid.transform @ image.transform
         height, width = image.block
-        shape = (-(-image.height // height), -(-image.width // width))
-        return GeoBox(shape, image.transform @ Affine.scale(width, height), grid.crs)
+        rows = TileEdges(t.f, t.f + t.e * image.height, t.e * height)
+        return rows, TileEdges(t.c, t.c + t.a * image.width, t.a * width)
 
 
 @contextmanager
