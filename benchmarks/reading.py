@@ -48,7 +48,7 @@ from minecube.catalog import (
     load_sites,
     load_sources,
 )
-from minecube.composite import composite
+from minecube.composite import composite, registration
 from minecube.errors import ReadError
 from minecube.grid import coarsen, grid_of
 from minecube.jobs import build as building
@@ -62,6 +62,10 @@ SERVER = Path(__file__).parents[1] / "tests" / "range_server.py"
 DATES = 40
 SIDE = 1024
 """Side of the site in pixels of 10 m."""
+CORNER = Affine(10, 0, 369600, 0, -10, 5590440)
+"""Place of the sites: no edge of a tile."""
+LARGE_SIDE = 4096
+LARGE_DATES = 4
 LATENCY_S = 0.04
 YEARS = (2020, 2022)
 
@@ -87,6 +91,7 @@ def main() -> None:
         root = Path(folder_name)
         dates = DATES // 4 if options.quick else DATES
         figures = measure_latency(root / "far", dates, runs=1 if options.quick else 3)
+        figures |= measure_checks(root / "far", root / "large", dates)
         figures |= measure_flips(root / "far" / "00" / "B11.tif", 100 if options.quick else 1000)
         figures |= measure_troubles(root / "world")
         figures |= measure_wrong_flags(
@@ -167,6 +172,43 @@ def measure_latency(folder: Path, dates: int, runs: int) -> dict[str, object]:
     }
 
 
+def measure_checks(folder: Path, large: Path, dates: int) -> dict[str, object]:
+    """Compare the bytes for checks with all bytes of a build: sites of 10 km and of 41 km.
+
+    All dates of the large site have the same files under other names.
+    """
+    site = GeoBox((SIDE, SIDE), CORNER, "EPSG:32633")
+    with serve_folder(folder) as url:
+        normal = measure_check_bytes(make_items(url, site, dates), site)
+    site = write_archive(large, 1, LARGE_SIDE, level=1)
+    for date in range(1, LARGE_DATES):
+        (large / f"{date:02d}").mkdir()
+        for path in (large / "00").iterdir():
+            (large / f"{date:02d}" / path.name).hardlink_to(path)
+    with serve_folder(large) as url:
+        wide = measure_check_bytes(make_items(url, site, LARGE_DATES), site)
+    return {
+        **normal,
+        **{f"{name}_large": value for name, value in wide.items()},
+    }
+
+
+def measure_check_bytes(items: list[pystac.Item], grid: GeoBox) -> dict[str, object]:
+    """Check and composite scenes as a build does. Returns the figures of the checks' reads."""
+    recipe = load_recipes()["annual-median"]
+    checks = Ledger()
+    look = read_look(items, grid, checks, recipe.bands)
+    registration.measure_shifts(items, grid, checks, look.middle)
+    reads = Ledger()
+    composite(items, grid, recipe, reads).load()
+    check_bytes = checks.totals()["bytes"]
+    return {
+        "check_bytes_fraction": round(check_bytes / (check_bytes + reads.totals()["bytes"]), 4),
+        "check_mb_per_scene": round(check_bytes / len(items) / 1e6, 2),
+        "check_requests_per_scene": round(checks.totals()["requests"] / len(items), 1),
+    }
+
+
 def measure_flips(path: Path, flips: int) -> dict[str, object]:
     """Flip single bits of a file's tiles. Counts the flips that minecube and GDAL read as pixels."""
     with rasterio.open(path) as image:
@@ -216,12 +258,12 @@ def read_all(items: list[pystac.Item], grid: GeoBox, ledger: Ledger) -> int:
     return total
 
 
-def write_archive(folder: Path, dates: int) -> GeoBox:
-    """Write COGs with tiles of 512 pixels, three times as wide as the site.
+def write_archive(folder: Path, dates: int, side: int = SIDE, level: int = 6) -> GeoBox:
+    """Write COGs with tiles of 512 pixels, 20 km wider than the site.
 
     They have as many bytes per pixel as real ones (1.5 and 1.4). Returns the grid of the site.
     """
-    width = 3 * SIDE
+    width = side + 2 * SIDE
     rng = np.random.default_rng(0)
     land = ndimage.gaussian_filter(rng.standard_normal((width, width)), 4) * 8000 + 2500
     for band, size in NATIVE_M.items():
@@ -248,12 +290,12 @@ def write_archive(folder: Path, dates: int) -> GeoBox:
                 transform=Affine(size, 0, 360000, 0, -size, 5600040),
                 nodata=0,
                 compress="deflate",
-                level=6,
+                level=level,
                 predictor=2,
                 blocksize=512,
             ) as out:
                 out.write(pixels, 1)
-    return GeoBox((SIDE, SIDE), Affine(10, 0, 369600, 0, -10, 5590440), "EPSG:32633")
+    return GeoBox((side, side), CORNER, "EPSG:32633")
 
 
 def make_items(root: str, grid: GeoBox, dates: int) -> list[pystac.Item]:

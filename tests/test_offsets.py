@@ -17,7 +17,7 @@ from minecube.catalog import load_recipes, load_sources
 from minecube.errors import SceneError
 from minecube.grid import grid_of
 from minecube.scenes import offsets
-from minecube.scenes.looks import Look, coarsen_grid, read_look
+from minecube.scenes.looks import Look, read_look
 from minecube.scenes.offsets import OffsetCheck, check_offsets, estimate_carried, resolve_conflicts
 from minecube.simulate import World, simulate_archive
 
@@ -372,16 +372,6 @@ def test_bands_that_there_are(place, archive):
     checks = checked(pair, grid)
     assert summary(checks) == [(False, None)] * 2
     assert [c.step for c in checks] == [None, None]
-
-
-@pytest.mark.parametrize("side", [30, 60, 384, 1500, 11000])
-def test_large_places_are_seen_coarsely(side):
-    fine = grid_at(360000, 5600040, side, side // 2)
-    coarse = coarsen_grid(fine)
-    assert coarse.resolution.x % 20 == 0
-    assert np.prod(coarse.shape) < 42_000
-    assert coarse.shape[0] * coarse.resolution.x >= fine.shape[0] * 10
-    assert coarse.transform * (0, 0) == fine.transform * (0, 0)
 
 
 def check(scene, conflict, should_be, step=1000.0):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pystac
 import pytest
+import rasterio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from known_scenes import grid_at
+from known_scenes import grid_at, serve, write_tif
 from minecube.catalog import Recipe, Registration
 from minecube.composite import composite, plan
 from minecube.composite import registration as registering
@@ -147,14 +149,68 @@ def test_a_plan_is_as_slow_as_the_builds_before_it():
 def test_checks_are_planned(listed, site):
     """Three bands and SCL where there are three bands; here there are two: counted where they are made."""
     grid = grid_of(site)
-    for registration, repeats in ((None, 4), (Registration(most_px=0.5, beyond="drop"), 6)):
+    for registration in (None, Registration(most_px=0.5, beyond="drop")):
         recipe = dataclasses.replace(RECIPE, registration=registration)
         planned = plan.estimate(listed, grid, recipe)
-        assert planned.checks == 3 * repeats
+        assert planned.checks == 3 * 4  # registration uses the pixels of the look
         looks = Ledger()
-        offsets.check_offsets(listed, read_look(listed, grid, looks))
+        look = read_look(listed, grid, looks)
+        offsets.check_offsets(listed, look)
         if registration:
-            registering.measure_shifts(listed, grid, looks)
+            registering.measure_shifts(listed, grid, looks, look.middle)
         made = looks.totals()["planned"]
         assert planned.checks * 3 / 4 <= made <= planned.checks
-        assert planned.bytes > plan.estimate(listed, grid, RECIPE).bytes or not registration
+
+
+def test_registration_reads_for_itself_where_it_needs_other_pixels(archive):
+    """Bands of 20 m, and a site of several windows."""
+    recipe = dataclasses.replace(RECIPE, registration=Registration(most_px=0.5, beyond="drop"))
+    large = grid_at(LEFT, TOP, 3000, 600)
+    scene = archive.scene(
+        "2020-07-01T10:00:00", grid_at(LEFT, TOP, 3000, 600), {"B04": 7, "B11": 7}
+    )
+    assert plan.estimate([scene], large, recipe).checks == 2 * 4 + 2
+    assert plan.estimate([scene], large[:, :600], recipe).checks == 4
+    scene.assets["B04"].extra_fields["gsd"] = 20
+    assert plan.estimate([scene], large[:, :600], recipe).checks == 4 + 2
+
+
+@pytest.mark.parametrize("side", [360, 1032])
+@pytest.mark.parametrize("corner", [0, 60, 240, 300])
+def test_checks_take_at_most_what_is_planned(archive, tmp_path, side, corner):
+    """Files of random pixels, uncompressed, on a server: two bytes per pixel and nothing to spare."""
+    rng = np.random.default_rng(0)
+    archive.bands = ("B02", "B04", "B12")
+    where = grid_at(LEFT, TOP, 1536, 1536)
+    pixels = {b: rng.integers(1, 9000, (1536, 1536)) for b in ("B02", "B04")}
+    scene = archive.scene(
+        "2020-07-01T10:00:00", where, {**pixels, "B12": rng.integers(1, 9000, (768, 768))}
+    )
+    scene.properties["minecube:tile_px"] = 512
+    for band, asset in scene.assets.items():
+        path = Path(asset.href)
+        with rasterio.open(path) as image:
+            stored = image.read(1)
+        size = archive.resolution[band]
+        write_tif(
+            path, stored, where.zoom_out(size / 10), blockxsize=512, blockysize=512, compress=None
+        )
+        # The plan takes three quarters of the file, since others have overviews.
+        asset.extra_fields["file:size"] = path.stat().st_size / 0.75
+    recipe = dataclasses.replace(RECIPE, bands=("B02", "B04", "B12"), registration=Registration())
+    grid = where[corner:, corner:][:side, :side]
+    with serve(archive.root) as url:
+        for asset in scene.assets.values():
+            asset.href = asset.href.replace(str(archive.root), url)
+        checks = plan._count_checks([scene], grid, recipe)
+        looks = Ledger()
+        look = read_look([scene], grid, looks)
+        registering.measure_shifts([scene], grid, looks, look.middle)
+    made = looks.totals()
+    headers = 4
+    assert made["planned"] == checks[0] == 4
+    assert made["requests"] - headers <= checks[1]
+    assert made["bytes"] - headers * HEAD_BYTES <= checks[2]
+    if side > 1024:  # one tile per file
+        assert made["requests"] == headers + 4
+        assert made["bytes"] == headers * HEAD_BYTES + 512**2 * (3 * 2 + 1)

@@ -8,8 +8,10 @@ Document, issue 14.9, section 3.2).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import pyproj
@@ -27,9 +29,16 @@ from minecube.vectors import extract_polygons
 PIXEL_M = 10
 ALIGN_M = 60  # coarsest native pixel
 LARGEST_PX = 100_000
+WINDOW_PX = 510
+"""Side of the windows of `choose_windows`: the largest multiple of 60 m in a tile of 512 pixels."""
+CELL_PX = 1500
+"""Least side of the cells with one window each, for looks at scenes (`minecube.scenes.looks`).
+
+With smaller cells, the checks would take more than 5 % of a build's bytes."""
 PIXEL_DEG = 10 / 111319.490793
 """Ten metres on the equator in degrees: the pixel of exports to EPSG:4326 at 10 m, as
 EuroMineNet's."""
+_SCL_PX = 2  # side of a pixel of SCL, in pixels of 10 m
 BlockSlices = tuple[slice, slice]
 
 _LONLAT = CRS("EPSG:4326")
@@ -184,6 +193,63 @@ def iterate_blocks(grid: GeoBox, size_px: int) -> Iterator[BlockSlices]:
     for y in range(0, height, size_px):
         for x in range(0, width, size_px):
             yield slice(y, min(y + size_px, height)), slice(x, min(x + size_px, width))
+
+
+class TileEdges(NamedTuple):
+    """Edges of a file's tiles along one side of a grid, in pixels of the grid."""
+
+    start: float
+    """The file's first edge; negative before the grid."""
+    stop: float
+    """The file's last edge."""
+    step: float
+    """Side of a tile."""
+
+
+def choose_windows(
+    grid: GeoBox,
+    tiles: Sequence[tuple[TileEdges, TileEdges]] = (),
+    cell_px: int = LARGEST_PX,
+) -> list[GeoBox]:
+    """Choose windows of `WINDOW_PX` in the middle of cells that divide the grid.
+
+    Cells have `cell_px` or more, so a grid of less than two of them has one window. A grid smaller
+    than a window is itself the window. Windows begin at multiples of 60 m. With `tiles` of files
+    (rows and columns), they then move to the nearest place within one tile of the first file, by
+    whole pixels of SCL. No file covers less of a window then. Elsewhere, a window usually takes four
+    tiles.
+    """
+    step = ALIGN_M // PIXEL_M
+    slices: list[list[slice]] = []
+    for axis, side in enumerate(grid.shape):
+        cells = max(side // cell_px, 1)
+        ends = [side * (2 * cell + 1) // cells for cell in range(cells)]
+        starts = [max(end - WINDOW_PX, 0) // 2 // step * step for end in ends]
+        if tiles and side > WINDOW_PX:
+            edges = [file[axis] for file in tiles]
+            starts = [_move_into_tile(start, side, edges) for start in starts]
+        slices.append([slice(start, min(start + WINDOW_PX, side)) for start in starts])
+    return [grid[rows, columns] for rows in slices[0] for columns in slices[1]]
+
+
+def _move_into_tile(start: int, side: int, files: Sequence[TileEdges]) -> int:
+    """Move a window along a side into one tile: its new start, or the old one if none fits."""
+    places = []
+    edge, _, tile = files[0]
+    first = (start - edge) // tile
+    for number in (first - 1, first, first + 1):
+        lowest = _SCL_PX * math.ceil((edge + number * tile) / _SCL_PX)
+        highest = _SCL_PX * math.floor((edge + (number + 1) * tile - WINDOW_PX) / _SCL_PX)
+        place = min(max(start, lowest, 0), highest, side - WINDOW_PX)
+        is_covered = all(_overlap(file, place) >= _overlap(file, start) for file in files)
+        if place >= max(lowest, 0) and is_covered:
+            places.append(place)
+    return min(places, key=lambda place: abs(place - start), default=start)
+
+
+def _overlap(file: TileEdges, start: int) -> float:
+    """Return how much of a window a file covers along one side, in pixels."""
+    return max(min(file.stop, start + WINDOW_PX) - max(file.start, start), 0)
 
 
 @functools.lru_cache(

@@ -23,6 +23,7 @@ from minecube.arrays import Int64
 from minecube.catalog import SCL, Recipe, describe_yaml_error
 from minecube.composite.block import BLOCK_BYTES
 from minecube.composite.needs import (
+    MASK_M,
     bands_with_fringe,
     compute_margins,
     count_connections,
@@ -31,7 +32,15 @@ from minecube.composite.needs import (
     scenes_near,
 )
 from minecube.errors import CatalogError
-from minecube.grid import PIXEL_M, coarsen, iterate_blocks, pad
+from minecube.grid import (
+    CELL_PX,
+    PIXEL_M,
+    WINDOW_PX,
+    choose_windows,
+    coarsen,
+    iterate_blocks,
+    pad,
+)
 from minecube.places import Place
 from minecube.reader import HEAD_BYTES, READ_THREADS
 
@@ -52,10 +61,11 @@ _CPU_S_PER_SITE_YEAR = 0.5
 START_S = 3.0
 """Start-up time of a command in seconds."""
 _OFFSET_BANDS = 4
-"""Reads per scene, SCL included, to check its offset (`scenes.offsets`)."""
+"""Reads per scene and window, SCL included, to check its offset (`scenes.looks`)."""
 _REGISTRATION_BANDS = 2
 """Reads per scene, SCL included, to check its position (`composite.registration`)."""
-_CHECKED_PX = 200  # side of the window read by checks
+_RED = "B04"  # both checks share one read of it if it has 10 m, and the site has one window
+_ROOM_PX = WINDOW_PX + 2  # with twice as much, a window fits into a tile of at least as much
 BASE_BYTES = 100_000_000
 """Memory for the buffers of the reading threads, in `Estimate.block_bytes`."""
 
@@ -250,20 +260,47 @@ def _count_block(
 def _count_checks(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -> Int64:
     """Count reads, requests, bytes and pixels of the checks of offsets and positions: int64 [4].
 
-    Headers are counted with the composite.
+    All bands count like the recipe's first one at 10 m. Headers of the recipe's bands are counted
+    with the composite, those of other bands here.
     """
-    height, width = (min(side, _CHECKED_PX) for side in grid.shape)
-    repeats = _OFFSET_BANDS
-    if recipe.registration:
-        repeats += _REGISTRATION_BANDS
+    windows = choose_windows(grid, (), CELL_PX)
+    has_red = all(pixel_size_of(_RED, [s]) == PIXEL_M for s in scenes if _RED in s.assets)
+    is_shared = len(windows) == 1 and has_red and all(_RED in s.assets for s in scenes)
+    counts = [_OFFSET_BANDS] * len(windows)
+    if recipe.registration and not is_shared:
+        counts.append(_REGISTRATION_BANDS)
+    in_tile = _lie_in_tiles(scenes, grid)
     sums = np.zeros(4, dtype=np.int64)
     for scene in scenes:
-        sums += repeats * _count_window(scene, recipe.bands[0], PIXEL_M, (height, width))
+        of_band, of_scl = (
+            _count_window(scene, band, size, coarsen(windows[0], size).shape.yx, in_tile)
+            for band, size in ((recipe.bands[0], PIXEL_M), (SCL, MASK_M))
+        )
+        for reads in counts:
+            sums += (reads - 1) * of_band + of_scl
+        others = len(set(scene.assets) - {*recipe.bands, SCL})
+        header = _count_header(scene.assets[recipe.bands[0]].href)
+        sums += min(others, _OFFSET_BANDS - 1) * header
     return sums
 
 
-def _count_window(scene: pystac.Item, band: str, size_m: int, window: tuple[int, int]) -> Int64:
-    """Count reads, requests, bytes and pixels of a window [height, width]: int64 [4]."""
+def _lie_in_tiles(scenes: Sequence[pystac.Item], grid: GeoBox) -> bool:
+    """Return whether `choose_windows` can move each window into one tile of any of the files."""
+    places = {(s.properties["s2:mgrs_tile"], s.properties["proj:code"]) for s in scenes}
+    zones = {zone for _, zone in places}
+    tile_px = min((s.properties["minecube:tile_px"] for s in scenes), default=0)
+    is_one_tile = len(places) == 1 and zones == {f"EPSG:{grid.crs.epsg}"}
+    has_room = min(grid.shape) >= 2 * _ROOM_PX and tile_px >= _ROOM_PX
+    return is_one_tile and has_room
+
+
+def _count_window(
+    scene: pystac.Item, band: str, size_m: int, window: tuple[int, int], in_tile: bool = False
+) -> Int64:
+    """Count reads, requests, bytes and pixels of a window [height, width]: int64 [4].
+
+    `in_tile`: The window lies in one tile of its file.
+    """
     tile_px = scene.properties["minecube:tile_px"]
     asset = scene.assets[band]
     shape = asset.extra_fields["proj:shape"]
@@ -272,7 +309,8 @@ def _count_window(scene: pystac.Item, band: str, size_m: int, window: tuple[int,
     if file_bytes:
         bytes_per_pixel = file_bytes * _OVERVIEWS / math.prod(shape)
     # A window begins anywhere in a tile. On average, n pixels touch tiles of n + tile - 1 pixels.
-    height, width = (min(n + tile_px - 1, side) for n, side in zip(window, shape, strict=True))
+    touched = [tile_px if in_tile else n + tile_px - 1 for n in window]
+    height, width = (min(n, side) for n, side in zip(touched, shape, strict=True))
     requests = math.ceil(height / tile_px) * _is_remote(asset.href)
     read_bytes = int(height * width * bytes_per_pixel)
     return np.array([1, requests, read_bytes, math.prod(window)], dtype=np.int64)

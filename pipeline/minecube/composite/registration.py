@@ -31,8 +31,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +42,8 @@ from scipy import fft, ndimage
 
 from minecube.arrays import Bool, Complex64, Float32, Float64, UInt16
 from minecube.catalog import SCL, Registration
-from minecube.grid import ALIGN_M, PIXEL_M, coarsen
-from minecube.reader import Ledger, start_read
+from minecube.grid import PIXEL_M, choose_windows, coarsen
+from minecube.reader import Ledger, find_common_tiles, remove_offset, start_read, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,6 @@ _BANDS = ("B04", "B03", "B08", "B02", "B05", "B8A", "B06", "B07", "B11", "B12")
 """Bands in order of preference among the finest. Red separates soil from leaves and is less hazy
 than blue."""
 _HIDDEN = (0, 1, 3, 8, 9, 10, 11)  # SCL: no data, defective, shadow, cloud, cirrus, snow
-_WINDOW = 510  # side in pixels; larger sites are read in their middle only
 _REACH = 8  # pixels: search range
 _FARTHEST = 6  # pixels: longest accepted shift; rules allow up to 5
 _FRINGE = 4  # unused pixels next to cloud (SCL misses some) and the window's edge (gradients)
@@ -101,12 +99,16 @@ class Shift:
 
 
 def measure_shifts(
-    scenes: Sequence[pystac.Item], grid: GeoBox, ledger: Ledger | None = None
+    scenes: Sequence[pystac.Item],
+    grid: GeoBox,
+    ledger: Ledger | None = None,
+    known: Mapping[tuple[str, str, GeoBox], UInt16] | None = None,
 ) -> list[Shift]:
     """Measure one shift per scene, in the given order.
 
     Reads SCL of each scene in the middle of the site, and one band of scenes with enough clear
-    ground.
+    ground. `known` are stored pixels already read, by scene id, band and grid, as in a look. If they
+    have this band on one grid, this grid is the middle.
 
     Raises:
         ReadError: A pixel cannot be read, and the ledger does not allow this.
@@ -117,7 +119,12 @@ def measure_shifts(
             Shift(scene=scene.id, dx_m=None, dy_m=None, peak=None, pixels=0) for scene in scenes
         ]
     band, size_m = _choose_finest_band(scenes, bands)
-    edges = _read_edges(scenes, band, coarsen(_crop_to_middle(grid), size_m), ledger)
+    known = known or {}
+    windows = list({known_grid for _, known_band, known_grid in known if known_band == band})
+    if len(windows) != 1:
+        tiles = find_common_tiles(scenes, band, grid, ledger)
+        windows = [coarsen(w, size_m) for w in choose_windows(grid, tiles)]
+    edges = _read_edges(scenes, band, windows[0], ledger, known)
     moves_px, peaks = compare(edges)
     rows = zip(scenes, edges, moves_px * size_m, peaks.tolist(), strict=True)
     return [
@@ -386,41 +393,32 @@ def _choose_finest_band(scenes: Sequence[pystac.Item], bands: Sequence[str]) -> 
     return min(zip(bands, sizes, strict=True), key=lambda band: band[1])
 
 
-def _crop_to_middle(grid: GeoBox) -> GeoBox:
-    """Return the grid, or its middle if it is larger than `_WINDOW` pixels.
-
-    The middle begins at a multiple of 60 m.
-    """
-    step = ALIGN_M // PIXEL_M
-    starts = [max(side - _WINDOW, 0) // 2 // step * step for side in grid.shape]
-    rows, columns = (
-        slice(start, min(start + _WINDOW, side))
-        for start, side in zip(starts, grid.shape, strict=True)
-    )
-    return grid[rows, columns]
-
-
 def _read_edges(
-    scenes: Sequence[pystac.Item], band: str, grid: GeoBox, ledger: Ledger | None
+    scenes: Sequence[pystac.Item],
+    band: str,
+    grid: GeoBox,
+    ledger: Ledger | None,
+    known: Mapping[tuple[str, str, GeoBox], UInt16],
 ) -> list[Complex64]:
     """Read the edges [y, x] of each scene.
 
     Scenes with too little clear ground get zeros, and their band is not read.
     """
-    scl = _wait_for([start_read(scene, SCL, grid, ledger) for scene in scenes])
-    clear = [~np.isin(layer, _HIDDEN) for layer in scl]
+
+    def read(scenes: Sequence[pystac.Item], band: str) -> list[UInt16]:
+        unknown = [scene for scene in scenes if (scene.id, band, grid) not in known]
+        reads = wait_for([start_read(scene, band, grid, ledger) for scene in unknown])
+        pixels = dict(zip((scene.id for scene in unknown), reads, strict=True))
+        for scene in scenes:
+            if scene.id not in pixels:
+                offset = 0 if band == SCL else scene.properties["minecube:offset"]
+                pixels[scene.id] = remove_offset(known[scene.id, band, grid], offset)
+        return [pixels[scene.id] for scene in scenes]
+
+    clear = [~np.isin(layer, _HIDDEN) for layer in read(scenes, SCL)]
     clear_enough = [n for n, layer in enumerate(clear) if np.count_nonzero(layer) >= _LEAST]
-    reads = _wait_for([start_read(scenes[n], band, grid, ledger) for n in clear_enough])
+    reads = read([scenes[n] for n in clear_enough], band)
     edges = [np.zeros(grid.shape, dtype=np.complex64)] * len(scenes)
     for n, pixels in zip(clear_enough, reads, strict=True):
         edges[n] = edges_of(pixels, clear[n] & (pixels != 0))
     return edges
-
-
-def _wait_for(reads: Sequence[Future[UInt16]]) -> list[UInt16]:
-    """Wait for all reads and return their pixels; if one fails, cancel those not yet begun."""
-    try:
-        return [read.result() for read in reads]
-    finally:
-        for read in reads:
-            read.cancel()

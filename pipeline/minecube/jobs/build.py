@@ -412,7 +412,7 @@ def _check_scenes(
         )
         notes["scl_errors"] = veils.list_wrong_classifications(usable)
     if job.recipe.registration:
-        shifts = registration.measure_shifts(usable, task.grid, looks)
+        shifts = registration.measure_shifts(usable, task.grid, looks, look.middle)
         registered = registration.apply_registration(usable, shifts, job.recipe.registration)
         dropped |= dict.fromkeys(_ids_missing(usable, registered), "registration")
         usable = registered

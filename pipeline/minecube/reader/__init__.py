@@ -25,7 +25,16 @@ the connections (`remote`), so nothing is requested twice.
 
 from __future__ import annotations
 
-from minecube.reader.assets import READ_THREADS, find_missing, read_band, remove_offset, start_read
+from minecube.reader.assets import (
+    READ_THREADS,
+    find_common_tiles,
+    find_missing,
+    read_band,
+    remove_offset,
+    start_read,
+    start_stored_read,
+    wait_for,
+)
 from minecube.reader.ledger import Ledger
 from minecube.reader.raster import read
 from minecube.reader.remote import HEAD_BYTES, interruption
@@ -39,6 +48,7 @@ __all__ = [
     "NativeReader",
     "check_credentials",
     "compute_stack",
+    "find_common_tiles",
     "find_missing",
     "interruption",
     "read",
@@ -46,4 +56,6 @@ __all__ = [
     "remove_offset",
     "stack",
     "start_read",
+    "start_stored_read",
+    "wait_for",
 ]

@@ -6,7 +6,8 @@ import functools
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from rasterio.enums import Resampling
 from minecube.arrays import Int32, UInt16
 from minecube.catalog import SCL, Access
 from minecube.errors import ReadError, UnusableFileError
+from minecube.grid import WINDOW_PX, TileEdges
 from minecube.network import (
     ForbiddenError,
     MissingError,
@@ -29,7 +31,7 @@ from minecube.network import (
 )
 from minecube.reader.gridding import copy_to
 from minecube.reader.ledger import Ledger
-from minecube.reader.raster import File, need_header, read_file
+from minecube.reader.raster import File, find_tiles, need_header, read_file
 from minecube.reader.transfer import Tally
 
 READ_THREADS = 64
@@ -83,6 +85,34 @@ class Asset:
             bytes=tally.bytes,
             seconds=time.perf_counter() - began,
         )
+
+
+def find_common_tiles(
+    scenes: Sequence[pystac.Item], band: str, grid: GeoBox, ledger: Ledger | None
+) -> list[tuple[TileEdges, TileEdges]]:
+    """Return the edges of the file tiles of each Sentinel-2 tile, the one with most scenes first.
+
+    Returns an empty list if a scene is in another zone than the grid, or a file cannot be read. Also
+    if the grid is no larger than a window. Reads headers only, which later reads do not request again.
+    """
+    if max(grid.shape, default=0) <= WINDOW_PX:
+        return []
+    names = [scene.properties.get("s2:mgrs_tile") for scene in scenes]
+    found = []
+    for name, _ in Counter(names).most_common():
+        scene = scenes[names.index(name)]
+        tally = Tally()
+        try:
+            tiles = find_tiles(asset_of(scene, band).file, grid, tally)
+        except ReadError:
+            tiles = None
+        if ledger is not None:
+            requests, retried, read_bytes = tally.requests, tally.retried, tally.bytes
+            ledger.add(scene.id, band, requests=requests, retried=retried, bytes=read_bytes)
+        if tiles is None:
+            return []
+        found.append(tiles)
+    return found
 
 
 def asset_of(scene: pystac.Item, band: str) -> Asset:
@@ -164,9 +194,35 @@ def start_read(
 ) -> Future[UInt16]:
     """Start `read_band` on the process's shared threads: many for remote files, few for local
     ones."""
+    return _threads_for(scene, band).submit(read_band, scene, band, grid, ledger, out)
+
+
+def start_stored_read(
+    scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None
+) -> Future[UInt16]:
+    """Start to read a band as stored: with its offset, and without a shift of registration."""
+
+    def read() -> UInt16:
+        resampling = Resampling.nearest if band == SCL else Resampling.bilinear
+        return asset_of(scene, band).read(grid, resampling, ledger)
+
+    return _threads_for(scene, band).submit(read)
+
+
+def wait_for(reads: Iterable[Future[UInt16]]) -> Iterator[UInt16]:
+    """Yield the pixels of reads in their order; if one fails, cancel those not yet begun."""
+    waiting = deque(reads)
+    try:
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for read in waiting:
+            read.cancel()
+
+
+def _threads_for(scene: pystac.Item, band: str) -> ThreadPoolExecutor:
     is_remote = band in scene.assets and not is_local(scene.assets[band].href)
-    pool = threads(READ_THREADS if is_remote else LOCAL_THREADS)
-    return pool.submit(read_band, scene, band, grid, ledger, out)
+    return threads(READ_THREADS if is_remote else LOCAL_THREADS)
 
 
 @functools.cache

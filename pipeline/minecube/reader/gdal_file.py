@@ -243,6 +243,7 @@ class GdalImage:
         self.crs = image.crs
         self.transform = image.transform
         self.height, self.width = image.shape
+        self.block = image.block_shapes[0]
         self._image = image
         self._tally = tally
 
@@ -272,7 +273,7 @@ class GdalImage:
         """Count the stored bytes of a window of a local GeoTIFF: its compressed tiles."""
         if self._tally.requests:
             return  # a remote file: its bytes are already counted
-        height, width = self._image.block_shapes[0]
+        height, width = self.block
         for y in range(rows.start // height, -(-rows.stop // height)):
             for x in range(columns.start // width, -(-columns.stop // width)):
                 size = self._image.get_tag_item(f"BLOCK_SIZE_{x}_{y}", "TIFF", bidx=1)

@@ -37,6 +37,8 @@ class Image(Protocol):
     transform: Affine
     height: int
     width: int
+    block: tuple[int, int]
+    """Height and width of a tile."""
 
     def read(self, rows: range, columns: range, out: UInt16 | None = None) -> UInt16:
         """Read a window within the image: uint16 [y, x], 0 at invalid pixels."""
@@ -67,11 +69,16 @@ def _same_crs(wkt: str, crs: CRS) -> bool:
     return bool(crs == wkt)
 
 
+def has_crs_of(image: Image, grid: GeoBox) -> bool:
+    """Return whether an image has the reference system of a grid."""
+    return image.crs is not None and _same_crs(image.crs.to_wkt(), grid.crs)
+
+
 def nesting_of(image: Image, grid: GeoBox) -> Nesting | None:
     """Return the place of the file's pixels in the grid; None if they do not nest."""
     t = image.transform
     size = abs(grid.resolution.x)
-    if image.crs is None or not _same_crs(image.crs.to_wkt(), grid.crs):
+    if not has_crs_of(image, grid):
         return None
     is_square = abs(t.a + t.e) <= _SAME_SIZE * size
     if t.b or t.d or not is_square:

@@ -24,6 +24,7 @@ from minecube import images
 from minecube.arrays import UInt16
 from minecube.catalog import Access
 from minecube.errors import LostReadError, ReadError, UnusableFileError
+from minecube.grid import TileEdges
 from minecube.network import (
     ForbiddenError,
     MissingError,
@@ -36,7 +37,7 @@ from minecube.network import (
 )
 from minecube.reader.gdal_file import GdalImage, RemoteFile, open_remote
 from minecube.reader.geotiff import read_header
-from minecube.reader.gridding import Image, copy_to, nesting_of, read_nested, warp
+from minecube.reader.gridding import Image, copy_to, has_crs_of, nesting_of, read_nested, warp
 from minecube.reader.remote import Remote, remote_for
 from minecube.reader.tiles import DamagedTileError, TiledImage
 from minecube.reader.transfer import Tally
@@ -98,15 +99,35 @@ def read_file(
             2000, or larger than a Sentinel-2 tile. It has several bands, or is not of unsigned
             integers up to 16 bits.
     """
-    tally = tally or Tally()
+    with _open_placed(file, tally or Tally()) as image:
+        nesting = nesting_of(image, grid)
+        if nesting:
+            return read_nested(image, grid, nesting, out)
+        return copy_to(warp(image, grid, resampling), out)
+
+
+def find_tiles(file: File, grid: GeoBox, tally: Tally) -> tuple[TileEdges, TileEdges] | None:
+    """Return the edges of a file's rows and columns of tiles; None in another CRS than the grid's.
+
+    Raises as `read_file` does.
+    """
+    with _open_placed(file, tally) as image:
+        if not has_crs_of(image, grid):
+            return None
+        t = ~grid.transform @ image.transform
+        height, width = image.block
+        rows = TileEdges(t.f, t.f + t.e * image.height, t.e * height)
+        return rows, TileEdges(t.c, t.c + t.a * image.width, t.a * width)
+
+
+@contextmanager
+def _open_placed(file: File, tally: Tally) -> Iterator[Image]:
+    """Open an image with a place within a context; any failure there raises ReadError."""
     name = remove_query(file.href)
     try:
         with rasterio.Env(**images.SETTINGS), _open(file, name, tally) as image:
             _need_place(image, name)
-            nesting = nesting_of(image, grid)
-            if nesting:
-                return read_nested(image, grid, nesting, out)
-            return copy_to(warp(image, grid, resampling), out)
+            yield image
     except ForbiddenError as error:
         raise ReadError(
             f"{name}: is not read ({error}), so its site-year is not written; replace the file"

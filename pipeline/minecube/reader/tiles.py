@@ -49,6 +49,7 @@ class TiledImage:
         self.crs = header.crs
         self.transform = header.transform
         self.height, self.width = header.shape
+        self.block = header.block
         self._header = header
         self._fetch = fetch
 

@@ -30,7 +30,7 @@ List of scenes:
     coverage.py        Compares the scenes with the passes expected from the orbits.
 
 Pixels:
-    looks.py           Reads a coarse view of the scenes.
+    looks.py           Reads a thin sample of the scenes.
     offsets.py         Checks the decided offset in the pixels.
     veils.py           Finds dates with a wrong scene classification.
 """

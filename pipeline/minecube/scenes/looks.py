@@ -1,21 +1,29 @@
-"""Read a coarse view of all scenes of a site-year, to judge them before compositing."""
+"""Read a thin sample of all scenes of a site-year, to judge them before compositing.
+
+A look covers all of a site up to 5 km. In a larger site it reads windows of 5 km, one per cell of
+15 km or more. Each window lies in one tile of the files where possible (`choose_windows`).
+
+Overviews are not read, so the method of their making does not matter. One tile of an overview has as
+many bytes as one tile of the image. At 10 km, only overviews of 320 m would take fewer bytes than a
+window. Hardly any of their pixels are free of cloud. Overviews of SCL may have false classes.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pystac
-from affine import Affine
 from odc.geo.geobox import GeoBox
 
 from minecube.arrays import Float32, UInt16
 from minecube.catalog import SCL
 from minecube.errors import ReadError
-from minecube.reader import Ledger, compute_stack, stack
+from minecube.grid import CELL_PX, PIXEL_M, choose_windows, coarsen
+from minecube.reader import Ledger, find_common_tiles, start_stored_read, wait_for
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +35,14 @@ _BANDS = ("B02", "B04", "B12", "B11", "B03", "B05", "B06", "B07", "B08", "B8A")
 
 They are far apart in the spectrum, so cloud and snow change them differently.
 """
-_PIXELS = 40_000  # per look; 20 m pixels for a place of 4 km, averages for a larger one
+_PIXELS = 40_000  # most pixels per look: all in a place of 4 km, else every second or less
+_RED = "B04"  # the band of registration
+_SCL_M = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Coarse pixels of several scenes, at most `_PIXELS` per scene."""
+    """Pixels of 20 m of several scenes, at most `_PIXELS` per scene."""
 
     ids: tuple[str, ...]
     bands: tuple[str, ...]
@@ -40,12 +50,15 @@ class Look:
     """float32 [scene, band, pixel], stored numbers including the offset, NaN if not observed."""
     scl: UInt16
     """uint16 [scene, pixel]."""
+    middle: Mapping[tuple[str, str, GeoBox], UInt16] = field(default_factory=dict)
+    """(Scene id, band, grid) -> stored pixels [y, x] of SCL and red, for registration. Empty if the
+    look has several windows."""
 
     def select_scenes(self, scenes: Sequence[pystac.Item]) -> Look:
         """Select scenes, in the given order."""
         rows = [self.ids.index(scene.id) for scene in scenes]
         ids = tuple(scene.id for scene in scenes)
-        return Look(ids=ids, bands=self.bands, stored=self.stored[rows], scl=self.scl[rows])
+        return replace(self, ids=ids, stored=self.stored[rows], scl=self.scl[rows])
 
 
 def read_look(
@@ -88,28 +101,56 @@ def _read_look(
             stored=np.empty((0, len(bands), 0), np.float32),
             scl=np.empty((0, 0), np.uint16),
         )
-    as_stored = []
-    for scene in scenes:
-        copy = scene.clone()
-        # With an offset, `stack` would replace negative results by 1.
-        copy.properties["minecube:offset"] = 0
-        as_stored.append(copy)
-    coarse = coarsen_grid(grid)
-    pixels = compute_stack(
-        stack(as_stored, coarse, (*bands, SCL), chunk_px=max(coarse.shape), ledger=ledger)
-    )
-    stored, scl = np.split(pixels.reshape(*pixels.shape[:2], -1), [-1], axis=1)
+    tiles = find_common_tiles(scenes, (*bands, SCL)[0], grid, ledger)
+    windows = choose_windows(grid, tiles, CELL_PX)
+    pixels = sum(math.prod(coarsen(window, _SCL_M).shape) for window in windows)
+    step = math.ceil(pixels / _PIXELS)
+    parts = []
+    middle = {}
+    for window in windows:
+        files = [(scene, band) for scene in scenes for band in (*bands, SCL)]
+        grids = [_choose_grid(scene, band, window) for scene, band in files]
+        reads = [
+            start_stored_read(scene, band, read_grid, ledger)
+            for (scene, band), read_grid in zip(files, grids, strict=True)
+        ]
+        layers = []
+        for (scene, band), read_grid, layer in zip(files, grids, wait_for(reads), strict=True):
+            layers.append(_coarsen_to_scl(layer, read_grid, band).reshape(-1)[::step])
+            if len(windows) == 1 and band in (_RED, SCL):
+                middle[scene.id, band, read_grid] = layer
+        parts.append(np.reshape(layers, (len(scenes), len(bands) + 1, -1)))
+    stored, scl = np.split(np.concatenate(parts, axis=-1), [-1], axis=1)
     observed = (stored != 0).all(axis=1, keepdims=True) & ~np.isin(scl, _UNOBSERVED)
     return Look(
         ids=ids,
         bands=bands,
-        stored=np.where(observed, stored.astype(np.float32), np.float32(np.nan)),
-        scl=scl[:, 0],
+        stored=np.where(observed, stored, np.float32(np.nan)),
+        scl=scl[:, 0].astype(np.uint16),
+        middle=middle,
     )
 
 
-def coarsen_grid(grid: GeoBox) -> GeoBox:
-    """Coarsen the grid to about `_PIXELS` pixels or fewer, with pixels in multiples of 20 m."""
-    factor = 2 * max(1, math.ceil(math.sqrt(math.prod(grid.shape) / _PIXELS) / 2))
-    height, width = (-(-n // factor) for n in grid.shape)
-    return GeoBox((height, width), grid.transform @ Affine.scale(factor), grid.crs)
+def _choose_grid(scene: pystac.Item, band: str, window: GeoBox) -> GeoBox:
+    """Choose the grid for reading a band: 10 m for bands of 10 m and for SCL, 20 m for others.
+
+    Registration reads SCL and a band of 10 m on this grid, too.
+    """
+    is_fine = band == SCL or scene.assets[band].extra_fields.get("gsd") == PIXEL_M
+    return window if is_fine else coarsen(window, _SCL_M)
+
+
+def _coarsen_to_scl(layer: UInt16, grid: GeoBox, band: str) -> Float32:
+    """Bring a layer of a grid to pixels of 20 m: means of 2 x 2 pixels, and classes as they are.
+
+    A mean is 0 if one of its pixels is.
+    """
+    if grid.resolution.x == _SCL_M:
+        return layer.astype(np.float32)
+    if band == SCL:
+        return layer[::2, ::2].astype(np.float32)
+    height, width = layer.shape
+    blocks = layer.reshape(height // 2, 2, width // 2, 2)
+    means: Float32 = blocks.mean(axis=(1, 3), dtype=np.float32)
+    means[(blocks == 0).any(axis=(1, 3))] = 0
+    return means
