@@ -25,7 +25,14 @@ the connections (`remote`), so nothing is requested twice.
 
 from __future__ import annotations
 
-from minecube.reader.assets import READ_THREADS, find_missing, read_band, remove_offset, start_read
+from minecube.reader.assets import (
+    READ_THREADS,
+    find_missing,
+    find_tile_rows,
+    read_band,
+    remove_offset,
+    start_read,
+)
 from minecube.reader.ledger import Ledger
 from minecube.reader.raster import read
 from minecube.reader.remote import HEAD_BYTES, interruption
@@ -40,6 +47,7 @@ __all__ = [
     "check_credentials",
     "compute_stack",
     "find_missing",
+    "find_tile_rows",
     "interruption",
     "read",
     "read_band",

@@ -27,6 +27,7 @@ from minecube.network import (
     is_local,
     remove_query,
 )
+from minecube.reader import raster
 from minecube.reader.gridding import copy_to
 from minecube.reader.ledger import Ledger
 from minecube.reader.raster import File, need_header, read_file
@@ -138,6 +139,24 @@ def read_band(
     if not offset:
         return raw
     return copy_to(remove_offset(raw, offset), out)
+
+
+def find_tile_rows(
+    scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None
+) -> list[int]:
+    """Find the rows of a grid at which tiles of a scene's file begin, besides its first row.
+
+    Empty for a file that is resampled or cannot be read.
+    """
+    if scene.properties.get("minecube:shift_m"):
+        return []
+    tally = Tally()
+    rows = raster.find_tile_rows(asset_of(scene, band).file, grid, tally)
+    if ledger:
+        ledger.add(
+            scene.id, band, requests=tally.requests, retried=tally.retried, bytes=tally.bytes
+        )
+    return rows
 
 
 def remove_offset(raw: UInt16, offset: Int32 | int) -> UInt16:

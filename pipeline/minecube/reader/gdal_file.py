@@ -243,6 +243,7 @@ class GdalImage:
         self.crs = image.crs
         self.transform = image.transform
         self.height, self.width = image.shape
+        self.tile_px = image.block_shapes[0][0]
         self._image = image
         self._tally = tally
 

@@ -37,6 +37,8 @@ class Image(Protocol):
     transform: Affine
     height: int
     width: int
+    tile_px: int
+    """Rows of a tile."""
 
     def read(self, rows: range, columns: range, out: UInt16 | None = None) -> UInt16:
         """Read a window within the image: uint16 [y, x], 0 at invalid pixels."""
@@ -62,16 +64,16 @@ def copy_to(pixels: UInt16, out: UInt16 | None) -> UInt16:
 
 
 @functools.lru_cache(256)
-def _same_crs(wkt: str, crs: CRS) -> bool:
-    """Compare two reference systems, cached: a comparison takes a tenth of a read."""
-    return bool(crs == wkt)
+def _same_crs(one: str, other: str) -> bool:
+    """Compare the names or WKT of two reference systems, cached: this takes a tenth of a read."""
+    return bool(CRS(one) == CRS(other))
 
 
 def nesting_of(image: Image, grid: GeoBox) -> Nesting | None:
     """Return the place of the file's pixels in the grid; None if they do not nest."""
     t = image.transform
     size = abs(grid.resolution.x)
-    if image.crs is None or not _same_crs(image.crs.to_wkt(), grid.crs):
+    if image.crs is None or not _same_crs(image.crs.to_wkt(), str(grid.crs)):
         return None
     is_square = abs(t.a + t.e) <= _SAME_SIZE * size
     if t.b or t.d or not is_square:

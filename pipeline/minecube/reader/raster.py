@@ -37,7 +37,7 @@ from minecube.network import (
 from minecube.reader.gdal_file import GdalImage, RemoteFile, open_remote
 from minecube.reader.geotiff import read_header
 from minecube.reader.gridding import Image, copy_to, nesting_of, read_nested, warp
-from minecube.reader.remote import Remote, remote_for
+from minecube.reader.remote import HEAD_BYTES, Remote, remote_for
 from minecube.reader.tiles import DamagedTileError, TiledImage
 from minecube.reader.transfer import Tally
 
@@ -101,18 +101,36 @@ def read_file(
     tally = tally or Tally()
     name = remove_query(file.href)
     try:
-        with rasterio.Env(**images.SETTINGS), _open(file, name, tally) as image:
+        with _open(file, name, tally) as image:
             _need_place(image, name)
             nesting = nesting_of(image, grid)
             if nesting:
                 return read_nested(image, grid, nesting, out)
-            return copy_to(warp(image, grid, resampling), out)
+            with rasterio.Env(**images.SETTINGS):
+                return copy_to(warp(image, grid, resampling), out)
     except ForbiddenError as error:
         raise ReadError(
             f"{name}: is not read ({error}), so its site-year is not written; replace the file"
         ) from error
     except _READ_ERRORS as error:
         raise _make_error(file.href, error, tally) from error
+
+
+def find_tile_rows(file: File, grid: GeoBox, tally: Tally) -> list[int]:
+    """Find the rows of a grid at which tiles of a file begin, besides its first row.
+
+    Empty for a file that is resampled or cannot be read.
+    """
+    try:
+        with _open(file, remove_query(file.href), tally) as image:
+            nesting = nesting_of(image, grid)
+            tile_px = image.tile_px
+    except (ReadError, ForbiddenError, *_READ_ERRORS):
+        return []  # reading the pixels raises the error
+    if nesting is None:
+        return []
+    step = tile_px * nesting.ratio
+    return list(range(step - nesting.dy % step, grid.shape[0], step))
 
 
 def _need_place(image: Image, name: str) -> None:
@@ -170,6 +188,12 @@ def _open_local(path: Path, name: str, tally: Tally) -> Iterator[Image]:
     with _open_bytes(path) as stored:
         before = os.fstat(stored.fileno())
         read_at = partial(_read_at, stored)
+        head = read_at(0, HEAD_BYTES)
+
+        def read_header_at(start: int, length: int) -> bytes:
+            if start + length <= len(head):
+                return head[start : start + length]
+            return read_at(start, length)
 
         def fetch(start: int, length: int) -> bytes:
             _need_within(start, length, before.st_size)
@@ -182,10 +206,12 @@ def _open_local(path: Path, name: str, tally: Tally) -> Iterator[Image]:
             return content
 
         try:
-            header = read_header(_need_directories(read_at, before.st_size), _MOST_PX)
+            header = read_header(_need_directories(read_header_at, before.st_size), _MOST_PX)
             if header is None:
-                beginning = read_at(0, images.SIGNATURE)
-                with images.open_image(str(path), beginning, most_px=_MOST_PX) as opened:
+                with (
+                    rasterio.Env(**images.SETTINGS),
+                    images.open_image(str(path), head, most_px=_MOST_PX) as opened,
+                ):
                     yield _open_in_gdal(opened, name, tally)
             else:
                 yield TiledImage(header, fetch)
@@ -210,7 +236,10 @@ def _open_remote(remote: Remote, href: str, name: str, tally: Tally) -> Iterator
         raise RequestError(str(tally.error)) from tally.error
     if header is None:
         open_name = partial(images.open_image, beginning=head.data, most_px=_MOST_PX)
-        with open_remote(open_again, head.size, open_name) as opened:
+        with (
+            rasterio.Env(**images.SETTINGS),
+            open_remote(open_again, head.size, open_name) as opened,
+        ):
             yield _open_in_gdal(opened, name, tally)
     else:
         yield TiledImage(header, fetch)

@@ -49,6 +49,7 @@ class TiledImage:
         self.crs = header.crs
         self.transform = header.transform
         self.height, self.width = header.shape
+        self.tile_px = header.block[0]
         self._header = header
         self._fetch = fetch
 
