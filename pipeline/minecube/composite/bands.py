@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -16,9 +17,12 @@ from odc.geo.geobox import GeoBox
 from minecube.arrays import AnyArray, Bool, Int16, Int32, UInt8, UInt16
 from minecube.composite.needs import AHEAD, MASK_M, pixel_size_of
 from minecube.grid import PIXEL_M, coarsen
-from minecube.reader import Ledger, start_read
+from minecube.reader import Ledger, find_tile_rows, start_read
 
 Window = tuple[slice, slice]
+_LEAST_CUT_PX = 2**24
+"""Bands of fewer pixels and days, 32 MB, are not cut into strips."""
+_LEAST_ROWS = 64  # rows of 20 m in a strip: a shorter one costs more time than it saves memory
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,23 @@ class Observations:
     """uint8 [day, y, x] at 20 m, as `masks.classify` returns it; set to 0 if a band has no data."""
     incomplete: set[int] = field(default_factory=set)
     """Scenes with a band without data at pixels seen by SCL."""
-    reads: set[tuple[int, str]] = field(default_factory=set)
-    """Pairs of scene and band already read; a second read does not count as planned."""
+    reads: set[tuple[int, str, int]] = field(default_factory=set)
+    """Scene, band and first row of each read so far; a second read does not count as planned."""
 
     def crop(self, edge: int) -> Observations:
         """Return the arrays without `edge` pixels on each side, as views: changes reach the
         original."""
         return replace(self, owner=crop(self.owner, edge), kind=crop(self.kind, edge))
+
+
+class Strip(NamedTuple):
+    """All used days of some rows of a band."""
+
+    band: str
+    rows: slice
+    """Rows of 20 m."""
+    pixels: UInt16
+    """uint16 [day, y, x] at the band's own pixel size, 0 at unused observations."""
 
 
 class _Read(NamedTuple):
@@ -53,13 +67,11 @@ class _Read(NamedTuple):
     pixels: Future[UInt16]
 
 
-class _BandReads(NamedTuple):
-    """All reads of a band."""
+class _StripReads(NamedTuple):
+    """All reads of a strip."""
 
-    band: str
-    stack: UInt16
-    """uint16 [day, y, x] at the band's own pixel size, the result. Days of one scene are read in
-    place."""
+    strip: Strip
+    """Its pixels are the result. Days of one scene are read in place."""
     reads: deque[_Read]
 
 
@@ -85,21 +97,39 @@ class Bands:
         self._ledger = ledger
         index = {int(day): n for n, day in enumerate(self.days)}
         self._day_of = [index.get(day, -1) for day in observations.day_of]
-        self._windows = self._list_windows()
-        self._reading: deque[_BandReads] = deque()
-        self._queue: deque[str] = deque()
-        self._spare: dict[int, list[UInt16]] = {}
+        self._reading: deque[_StripReads] = deque()
+        self._queue: deque[tuple[str, slice]] = deque()
+        self._ahead_px = 0
+        self._windows: dict[tuple[int, int], list[tuple[int, Window]]] = {}
+        self._spare: list[UInt16] = []
 
-    def read(self, bands: Sequence[str]) -> None:
-        """Queue bands for `next`, after the bands queued before."""
-        self._queue.extend(bands)
+    def read(self, bands: Sequence[str], *, in_strips: bool = False) -> None:
+        """Queue bands for `next`, after the bands queued before.
+
+        Strips begin at rows of the files' tiles, so no tile is decoded twice. They take less memory
+        than whole bands.
+        """
+        whole = [slice(0, self.use.shape[1])]
+        strips: dict[int, list[slice]] = {}
+        for band in bands:
+            size = self._size_of(band)
+            if in_strips and size not in strips:
+                strips[size] = self._cut_strips(band)
+            self._queue.extend((band, rows) for rows in strips.get(size, whole))
+        sizes = [math.prod(self._shape_of(*strip)) for strip in self._queue]
+        self._ahead_px = max([(AHEAD + 1) * size for size in sizes], default=0)
         self._start_reads()
 
-    def next(self) -> UInt16:
-        """Return the next band; raise ReadError if it cannot be read."""
-        band, stack, reads = self._reading.popleft()
+    def are_left(self) -> bool:
+        """Test if `next` has strips to return."""
+        return bool(self._reading)
+
+    def next(self) -> Strip:
+        """Return the next strip; raise ReadError if it cannot be read."""
+        strip, reads = self._reading.popleft()
         self._start_reads()
-        size = self._size_of(band)
+        size = self._size_of(strip.band)
+        use = self.use[:, strip.rows]
         while reads:
             scene, window, read = reads.popleft()  # removed, to free its memory
             pixels = read.result()
@@ -107,33 +137,46 @@ class Bands:
             if not pixels.min():
                 self._note_gaps(scene, window, pixels, size)
             if self._is_alone(scene):
-                mask_pixels(stack[day], self.use[day], size, out=stack[day])
+                mask_pixels(strip.pixels[day], use[day], size, out=strip.pixels[day])
             else:
-                place = (day, *_scale_window(window, size))
-                stack[place] |= mask_pixels(
+                place = (day, *_scale_window(window, strip.rows.start, size))
+                strip.pixels[place] |= mask_pixels(
                     pixels, self._flag_used(scene, window), size, out=pixels
                 )
-        return stack
+        return strip
 
-    def release(self, stack: UInt16, band: str) -> None:
-        """Release an array returned by `next`, so a later band reuses its memory."""
-        size = self._size_of(band)
-        if any(self._size_of(later) == size for later in self._queue):
-            self._spare.setdefault(size, []).append(stack)
+    def release(self, strip: Strip) -> None:
+        """Release the memory of a strip, so a later strip reuses it."""
+        if self._queue and strip.pixels.base is not None:
+            self._spare.append(strip.pixels.base)
 
     def narrow(self, use: Bool) -> None:
         """Reduce the observations of the bands not yet begun."""
         self.use = use
-        self._windows = self._list_windows()
+        self._windows.clear()
 
     def cancel(self) -> None:
         """Cancel all pending reads."""
-        for band in self._reading:
-            for read in band.reads:
+        for strip in self._reading:
+            for read in strip.reads:
                 read.pixels.cancel()
 
     def _size_of(self, band: str) -> int:
         return pixel_size_of(band, self._observations.scenes)
+
+    def _cut_strips(self, band: str) -> list[slice]:
+        """Cut the rows of a band where tiles of its first file begin: slices of 20 m rows."""
+        size = self._size_of(band)
+        box = coarsen(self._box, size)
+        height = self.use.shape[1]
+        starts = [0]
+        if len(self.days) * math.prod(box.shape) > _LEAST_CUT_PX:
+            scene = self._observations.scenes[self._day_of.index(0)]
+            for row in find_tile_rows(scene, band, box, self._ledger):
+                start, remainder = divmod(row * size, MASK_M)
+                if not remainder and starts[-1] + _LEAST_ROWS <= start <= height - _LEAST_ROWS:
+                    starts.append(start)
+        return [slice(*ends) for ends in itertools.pairwise([*starts, height])]
 
     def _note_gaps(self, scene: int, window: Window, pixels: UInt16, size_m: int) -> None:
         """Strike the used observations without data in a band."""
@@ -144,58 +187,76 @@ class Bands:
             self._observations.incomplete.add(scene)
 
     def _start_reads(self) -> None:
-        """Start as many of the queued bands as fit into memory."""
+        """Start as many of the queued strips as fit into memory."""
         while self._queue:
-            band = self._queue[0]
-            size = self._size_of(band)
-            shape = (len(self.days), *coarsen(self._box, size).shape)
-            # Read at most `AHEAD` + 1 bands of 10 m at a time, or as many bytes of coarser bands.
-            pixels = sum(reading.stack.size for reading in self._reading) + math.prod(shape)
-            limit = (AHEAD + 1) * len(self.days) * math.prod(self._box.shape)
-            if self._reading and pixels > limit:
+            band, rows = self._queue[0]
+            shape = self._shape_of(band, rows)
+            ahead = sum(reading.strip.pixels.size for reading in self._reading)
+            if self._reading and ahead + math.prod(shape) > self._ahead_px:
                 return
             self._queue.popleft()
-            spare = self._spare.get(size)
-            stack = spare.pop() if spare else np.empty(shape, dtype=np.uint16)
-            self._reading.append(self._start_band(band, size, stack))
+            strip = Strip(band, rows, self._allocate(shape))
+            self._reading.append(_StripReads(strip, self._start_strip(strip)))
 
-    def _start_band(self, band: str, size: int, stack: UInt16) -> _BandReads:
-        """Start the reads of a band into a stack [day, y, x] of any content."""
+    def _shape_of(self, band: str, rows: slice) -> tuple[int, int, int]:
+        scale = MASK_M // self._size_of(band)
+        days, _, width = self.use.shape
+        return days, (rows.stop - rows.start) * scale, width * scale
+
+    def _allocate(self, shape: tuple[int, int, int]) -> UInt16:
+        """Return an array of any content, if possible in the memory of an earlier strip."""
+        pixels = math.prod(shape)
+        fitting = [n for n, spare in enumerate(self._spare) if spare.size >= pixels]
+        memory = self._spare.pop(fitting[0]) if fitting else np.empty(pixels, dtype=np.uint16)
+        return memory[:pixels].reshape(shape)
+
+    def _start_strip(self, strip: Strip) -> deque[_Read]:
+        """Start the reads of a strip with pixels of any content."""
+        size = self._size_of(strip.band)
         box = coarsen(self._box, size)
         reads: deque[_Read] = deque()
         started: set[int] = set()
-        for scene, window in self._windows:
+        for scene, window in self._list_windows(strip.rows):
             day = self._day_of[scene]
-            place = _scale_window(window, size)
             # Read straight into place if the day has no other scene.
-            target = stack[(day, *place)] if self._is_alone(scene) else None
-            if target is None and day not in started:
-                stack[day] = 0
+            target = None
+            if self._is_alone(scene):
+                target = strip.pixels[(day, *_scale_window(window, strip.rows.start, size))]
+            elif day not in started:
+                strip.pixels[day] = 0
             started.add(day)
             ledger = self._ledger
-            if ledger and (scene, band) in self._observations.reads:
+            key = (scene, strip.band, strip.rows.start)
+            if ledger and key in self._observations.reads:
                 ledger = ledger.for_repeats()
-            self._observations.reads.add((scene, band))
+            self._observations.reads.add(key)
             item = self._observations.scenes[scene]
-            reads.append(_Read(scene, window, start_read(item, band, box[place], ledger, target)))
-        for day in set(range(len(stack))) - started:
-            stack[day] = 0
-        return _BandReads(band, stack, reads)
+            place = box[_scale_window(window, 0, size)]
+            read = start_read(item, strip.band, place, ledger, target)
+            reads.append(_Read(scene, window, read))
+        for day in set(range(len(strip.pixels))) - started:
+            strip.pixels[day] = 0
+        return reads
 
     def _is_alone(self, scene: int) -> bool:
         """Test if a scene is the only one of its day, so it owns every pixel seen."""
         return self._day_of.count(self._day_of[scene]) == 1
 
-    def _list_windows(self) -> list[tuple[int, Window]]:
-        """List the scenes with used pixels, each with the smallest window around them."""
-        windows = []
-        whole_area = (slice(0, self.use.shape[1]), slice(0, self.use.shape[2]))
+    def _list_windows(self, rows: slice) -> list[tuple[int, Window]]:
+        """List the scenes with used pixels in a strip, each with the smallest window around
+        them."""
+        if (rows.start, rows.stop) in self._windows:
+            return self._windows[rows.start, rows.stop]
+        windows = self._windows[rows.start, rows.stop] = []
+        whole_strip = (rows, slice(0, self.use.shape[2]))
         for scene, day in enumerate(self._day_of):
             if day < 0:
                 continue
-            pixels = self._flag_used(scene, whole_area)
+            pixels = self._flag_used(scene, whole_strip)
             if pixels.any():
-                windows.append((scene, (_find_span(pixels, 1), _find_span(pixels, 0))))
+                span = _find_span(pixels, 1)
+                used_rows = slice(rows.start + span.start, rows.start + span.stop)
+                windows.append((scene, (used_rows, _find_span(pixels, 0))))
         return windows
 
     def _flag_used(self, scene: int, window: Window) -> Bool:
@@ -209,10 +270,14 @@ class Bands:
         return use & is_owner
 
 
-def _scale_window(window: Window, size_m: int) -> Window:
-    """Convert a window of 20 m pixels to another pixel size."""
-    rows, columns = (slice(s.start * MASK_M // size_m, s.stop * MASK_M // size_m) for s in window)
-    return rows, columns
+def _scale_window(window: Window, top: int, size_m: int) -> Window:
+    """Convert a window of 20 m pixels to another pixel size, with rows counted from row `top`."""
+    scale = MASK_M // size_m
+    rows, columns = window
+    return (
+        slice((rows.start - top) * scale, (rows.stop - top) * scale),
+        slice(columns.start * scale, columns.stop * scale),
+    )
 
 
 def mask_pixels(pixels: UInt16, use: Bool, size_m: int, out: UInt16) -> UInt16:

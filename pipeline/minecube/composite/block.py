@@ -2,8 +2,8 @@
 
 SCL is read first. Its margin covers every neighbourhood used by the mask. It decides the used
 observations, and so the files and windows to read. Bands are read at their own pixel size on the
-I/O threads, two bands ahead of the reducer. Each band is freed after its reduction, so only a few
-bands are in memory.
+I/O threads, ahead of the reducer. A median is made strip by strip: a band's rows of file tiles.
+Each strip is freed after its reduction, so only a few are in memory.
 
 All bands of an observation come from one scene. Rarely, a band has no data at a pixel seen by SCL,
 and this is noticed during reading. Then the pixel goes to the next scene of the day. Without
@@ -30,6 +30,7 @@ from minecube.composite import masks, reducers
 from minecube.composite.bands import (
     Bands,
     Observations,
+    Strip,
     crop,
     mask_pixels,
     repeat_pixels,
@@ -113,16 +114,6 @@ class _FringeBands(NamedTuple):
     """int32 [day, y, x] at 20 m, excess of haze, reflectance x 80000."""
 
 
-class _BandPixels(NamedTuple):
-    """One band of all used days."""
-
-    place: int
-    """Place of the band in the recipe."""
-    band: str
-    pixels: UInt16
-    """uint16 [day, y, x] at the band's own pixel size, 0 at unused observations."""
-
-
 @dataclass(frozen=True)
 class _Block:
     """A block with a finished mask. Arrays [day, y, x] are at 20 m and reach `fringe_m` beyond
@@ -175,8 +166,11 @@ class _Block:
         )
         try:
             fringe_reads.read(fringe_names)
-            bands.read([band for band in self.recipe.bands if band not in names])
-            pixels = {band: fringe_reads.next() for band in fringe_names}
+            bands.read(
+                [band for band in self.recipe.bands if band not in names],
+                in_strips=self.recipe.reducer == "median" and not self.recipe.best_pixel,
+            )
+            pixels = {band: fringe_reads.next().pixels for band in fringe_names}
             excess = np.zeros(fringe_reads.use.shape, dtype=np.int32)
             if self.recipe.haze:
                 clear, quality, excess = masks.remove_haze(
@@ -245,13 +239,18 @@ class _Block:
         elif self.recipe.reducer == "geomedian":
             self._reduce_geomedian(list(self.yield_bands(fringe, bands)), layers)
         elif self.recipe.reducer == "median":
-            for k, band, pixels in self.yield_bands(fringe, bands):
-                layers["reflectance"][k] = repeat_pixels(reducers.median(pixels), self.size(band))
-                bands.release(pixels, band)
+            for strip in self.yield_bands(fringe, bands):
+                size = self.size(strip.band)
+                k = self.recipe.bands.index(strip.band)
+                scale = MASK_M // PIXEL_M
+                rows = slice(strip.rows.start * scale, strip.rows.stop * scale)
+                median = reducers.median(strip.pixels)
+                layers["reflectance"][k, rows] = repeat_pixels(median, size)
+                bands.release(strip)
         else:
             raise NotImplementedError(f"reducer {self.recipe.reducer!r} has no branch here")
 
-    def _reduce_geomedian(self, all_bands: Sequence[_BandPixels], layers: Layers) -> None:
+    def _reduce_geomedian(self, all_bands: Sequence[Strip], layers: Layers) -> None:
         for rows, stack in self._cut_strips(all_bands):
             geomedian = self.task.geomedian(stack)
             layers["reflectance"][:, rows] = geomedian.reflectance
@@ -259,34 +258,32 @@ class _Block:
             layers["smad"][rows] = geomedian.smad
             layers["bcmad"][rows] = geomedian.bcmad
 
-    def _cut_strips(self, all_bands: Sequence[_BandPixels]) -> Iterator[tuple[slice, UInt16]]:
+    def _cut_strips(self, all_bands: Sequence[Strip]) -> Iterator[tuple[slice, UInt16]]:
         """Yield strips of rows with all bands stacked: uint16 [band, day, y, x] at 10 m."""
         height, width = self.task.box.shape
         days = len(all_bands[0].pixels)
         for top in range(0, height, _STRIP_PX):
             rows = slice(top, min(top + _STRIP_PX, height))
             stack = np.empty((len(all_bands), days, rows.stop - top, width), dtype=np.uint16)
-            for k, band, pixels in all_bands:
-                size = self.size(band)
+            for band in all_bands:
+                size = self.size(band.band)
                 scale = size // PIXEL_M
-                part = pixels[:, rows.start // scale : rows.stop // scale]
-                stack[k] = repeat_pixels(part, size)
+                part = band.pixels[:, rows.start // scale : rows.stop // scale]
+                stack[self.recipe.bands.index(band.band)] = repeat_pixels(part, size)
             yield rows, stack
 
-    def yield_bands(self, fringe: _FringeBands, bands: Bands) -> Iterator[_BandPixels]:
-        """Yield the bands of the used days, beginning with those read with the fringe.
+    def yield_bands(self, fringe: _FringeBands, bands: Bands) -> Iterator[Strip]:
+        """Yield all bands of the used days, beginning with those read with the fringe.
 
         Bands are removed from `fringe.pixels`, to free their memory.
         """
-        names = self.recipe.bands
-        fringe_names = list(fringe.pixels)
-        for band in fringe_names:
+        whole = slice(0, bands.use.shape[1])
+        for band in list(fringe.pixels):
             pixels = fringe.pixels.pop(band)
             pixels = self.select_used(fringe.bands.days, bands.days, bands.use, pixels, band)
-            yield _BandPixels(names.index(band), band, pixels)
-        for band in names:
-            if band not in fringe_names:
-                yield _BandPixels(names.index(band), band, bands.next())
+            yield Strip(band, whole, pixels)
+        while bands.are_left():
+            yield bands.next()
 
     def select_used(
         self, fringe_days: IntP, days: IntP, use: Bool, pixels: UInt16, band: str
@@ -301,16 +298,17 @@ class _Block:
         return mask_pixels(inside, use, size, out=inside)
 
     def take_days(
-        self, all_bands: Iterable[_BandPixels], index: Int16, days: IntP, layers: Layers
+        self, all_bands: Iterable[Strip], index: Int16, days: IntP, layers: Layers
     ) -> None:
         """Write the chosen day of each pixel to `reflectance` and `day_of_year` of the layers.
 
         `index` is int16 [y, x] at 10 m into `days`, the indices of the bands' days; -1 = none.
         """
         layers["day_of_year"][:] = np.where(index >= 0, self.yeardays[days][index], 0)
-        for k, band, pixels in all_bands:
-            fine = repeat_pixels(pixels, self.size(band))
-            layers["reflectance"][k] = reducers.take_day(fine, index)
+        for band in all_bands:
+            fine = repeat_pixels(band.pixels, self.size(band.band))
+            place = self.recipe.bands.index(band.band)
+            layers["reflectance"][place] = reducers.take_day(fine, index)
 
     def open_bands(self, days: IntP, use: Bool) -> Bands:
         """Open the bands of these days for the observations in use, bool [day, y, x] at 20 m."""
@@ -448,7 +446,7 @@ class _BestPixels:
         bands = self._block.open_bands(self._days, self._use & pixels)
         try:
             bands.read([band])
-            black = bands.next() == _BLACK
+            black = bands.next().pixels == _BLACK
         finally:
             bands.cancel()
         days = np.searchsorted(self._days, bands.days)

@@ -16,8 +16,8 @@ from minecube.grid import ALIGN_M, area_of, coarsen, pad
 
 MASK_M = 20
 """Pixel size of masks: the mission's size of SCL."""
-AHEAD = 2
-"""Bands of 10 m, or as many bytes of coarser bands, read ahead of the next one."""
+AHEAD = 1
+"""Bands, or strips of them, read ahead of the next one. Small ones are read farther ahead."""
 _STEP_M = 240  # unit of margins: a multiple of 60 m and of the 80 m cells of the bright override
 
 

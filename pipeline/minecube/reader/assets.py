@@ -100,19 +100,26 @@ def find_common_tiles(
     names = [scene.properties.get("s2:mgrs_tile") for scene in scenes]
     found = []
     for name, _ in Counter(names).most_common():
-        scene = scenes[names.index(name)]
-        tally = Tally()
-        try:
-            tiles = find_tiles(asset_of(scene, band).file, grid, tally)
-        except ReadError:
-            tiles = None
-        if ledger is not None:
-            requests, retried, read_bytes = tally.requests, tally.retried, tally.bytes
-            ledger.add(scene.id, band, requests=requests, retried=retried, bytes=read_bytes)
+        tiles = _find_tiles(scenes[names.index(name)], band, grid, ledger)
         if tiles is None:
             return []
         found.append(tiles)
     return found
+
+
+def _find_tiles(
+    scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None
+) -> tuple[TileEdges, TileEdges] | None:
+    """Return the edges of the tiles of a scene's file; None if it has another CRS or is unreadable."""
+    tally = Tally()
+    try:
+        tiles = find_tiles(asset_of(scene, band).file, grid, tally)
+    except ReadError:
+        tiles = None
+    if ledger is not None:
+        requests, retried, read_bytes = tally.requests, tally.retried, tally.bytes
+        ledger.add(scene.id, band, requests=requests, retried=retried, bytes=read_bytes)
+    return tiles
 
 
 def asset_of(scene: pystac.Item, band: str) -> Asset:
@@ -168,6 +175,23 @@ def read_band(
     if not offset:
         return raw
     return copy_to(remove_offset(raw, offset), out)
+
+
+def find_tile_rows(scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None) -> list[int]:
+    """Return the rows of a grid at which tiles of a scene's file begin, besides its first row.
+
+    Empty for a file of another zone, with other pixels, or that cannot be read. Reads its header
+    only.
+    """
+    tiles = _find_tiles(scene, band, grid, ledger)
+    if tiles is None or scene.properties.get("minecube:shift_m"):
+        return []
+    start, stop, step = tiles[0]
+    if step < 1:
+        return []
+    first = max(start, start % step)
+    rows = np.arange(first, min(stop, grid.shape[0]), step)
+    return [round(row) for row in rows.tolist() if row > 0 and row == round(row)]
 
 
 def remove_offset(raw: UInt16, offset: Int32 | int) -> UInt16:

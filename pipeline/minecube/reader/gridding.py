@@ -64,14 +64,14 @@ def copy_to(pixels: UInt16, out: UInt16 | None) -> UInt16:
 
 
 @functools.lru_cache(256)
-def _same_crs(wkt: str, crs: CRS) -> bool:
-    """Compare two reference systems, cached: a comparison takes a tenth of a read."""
-    return bool(crs == wkt)
+def _same_crs(one: str, other: str) -> bool:
+    """Compare the names or WKT of two reference systems, cached: this takes a tenth of a read."""
+    return bool(CRS(one) == CRS(other))
 
 
 def has_crs_of(image: Image, grid: GeoBox) -> bool:
     """Return whether an image has the reference system of a grid."""
-    return image.crs is not None and _same_crs(image.crs.to_wkt(), grid.crs)
+    return image.crs is not None and _same_crs(image.crs.to_wkt(), str(grid.crs))
 
 
 def nesting_of(image: Image, grid: GeoBox) -> Nesting | None:

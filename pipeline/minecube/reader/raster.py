@@ -38,7 +38,7 @@ from minecube.network import (
 from minecube.reader.gdal_file import GdalImage, RemoteFile, open_remote
 from minecube.reader.geotiff import read_header
 from minecube.reader.gridding import Image, copy_to, has_crs_of, nesting_of, read_nested, warp
-from minecube.reader.remote import Remote, remote_for
+from minecube.reader.remote import HEAD_BYTES, Remote, remote_for
 from minecube.reader.tiles import DamagedTileError, TiledImage
 from minecube.reader.transfer import Tally
 
@@ -103,7 +103,8 @@ def read_file(
         nesting = nesting_of(image, grid)
         if nesting:
             return read_nested(image, grid, nesting, out)
-        return copy_to(warp(image, grid, resampling), out)
+        with rasterio.Env(**images.SETTINGS):
+            return copy_to(warp(image, grid, resampling), out)
 
 
 def find_tiles(file: File, grid: GeoBox, tally: Tally) -> tuple[TileEdges, TileEdges] | None:
@@ -125,7 +126,7 @@ def _open_placed(file: File, tally: Tally) -> Iterator[Image]:
     """Open an image with a place within a context; any failure there raises ReadError."""
     name = remove_query(file.href)
     try:
-        with rasterio.Env(**images.SETTINGS), _open(file, name, tally) as image:
+        with _open(file, name, tally) as image:
             _need_place(image, name)
             yield image
     except ForbiddenError as error:
@@ -191,6 +192,12 @@ def _open_local(path: Path, name: str, tally: Tally) -> Iterator[Image]:
     with _open_bytes(path) as stored:
         before = os.fstat(stored.fileno())
         read_at = partial(_read_at, stored)
+        head = read_at(0, HEAD_BYTES)
+
+        def read_header_at(start: int, length: int) -> bytes:
+            if start + length <= len(head):
+                return head[start : start + length]
+            return read_at(start, length)
 
         def fetch(start: int, length: int) -> bytes:
             _need_within(start, length, before.st_size)
@@ -203,10 +210,12 @@ def _open_local(path: Path, name: str, tally: Tally) -> Iterator[Image]:
             return content
 
         try:
-            header = read_header(_need_directories(read_at, before.st_size), _MOST_PX)
+            header = read_header(_need_directories(read_header_at, before.st_size), _MOST_PX)
             if header is None:
-                beginning = read_at(0, images.SIGNATURE)
-                with images.open_image(str(path), beginning, most_px=_MOST_PX) as opened:
+                with (
+                    rasterio.Env(**images.SETTINGS),
+                    images.open_image(str(path), head, most_px=_MOST_PX) as opened,
+                ):
                     yield _open_in_gdal(opened, name, tally)
             else:
                 yield TiledImage(header, fetch)
@@ -231,7 +240,10 @@ def _open_remote(remote: Remote, href: str, name: str, tally: Tally) -> Iterator
         raise RequestError(str(tally.error)) from tally.error
     if header is None:
         open_name = partial(images.open_image, beginning=head.data, most_px=_MOST_PX)
-        with open_remote(open_again, head.size, open_name) as opened:
+        with (
+            rasterio.Env(**images.SETTINGS),
+            open_remote(open_again, head.size, open_name) as opened,
+        ):
             yield _open_in_gdal(opened, name, tally)
     else:
         yield TiledImage(header, fetch)
