@@ -12,10 +12,10 @@ from known_composites import LEFT, MASKED, PLAIN, TOP
 from known_scenes import grid_at, unique_pixels
 from minecube import scenes
 from minecube.catalog import BANDS, BrightOverride, HazeTest, MaskRule
-from minecube.composite import composite
+from minecube.composite import bands, composite
 from minecube.errors import ReadError
-from minecube.grid import grid_of
-from minecube.reader import Ledger
+from minecube.grid import coarsen, grid_of
+from minecube.reader import Ledger, find_tile_rows
 
 
 def days_by_brute_force(listed, grid, files):
@@ -130,8 +130,14 @@ def year_of_scenes(archive, rng, bright=False):
     return listed, files
 
 
-def test_against_brute_force(archive):
+@pytest.mark.parametrize("in_strips", [False, True])
+def test_against_brute_force(archive, monkeypatch, in_strips):
+    """In strips, B04 is cut at row 44: its files have tiles of 64 px, and begin 20 px north of the grid."""
     grid = grid_at(LEFT, TOP, 72, 66)
+    if in_strips:
+        monkeypatch.setattr(bands, "LEAST_CUT_PX", 0)
+        monkeypatch.setattr(bands, "_LEAST_ROWS", 4)
+    ledger = Ledger()
     recipe = dataclasses.replace(
         MASKED, mask=tuple(dataclasses.replace(r, open_m=0) for r in MASKED.mask)
     )
@@ -139,12 +145,29 @@ def test_against_brute_force(archive):
     # Clouds beside the grid reach into it.
     expected, count = by_brute_force(listed, grid.pad(6), recipe, files)
     expected, count = expected[:, 6:-6, 6:-6], count[6:-6, 6:-6]
-    made = composite(listed, grid, recipe).compute()
+    made = composite(listed, grid, recipe, ledger).compute()
     np.testing.assert_array_equal(made.clear_count, count)
+    reads = ledger.table().groupby("band").read.sum()
+    assert (reads["B04"] > reads["B11"]) == in_strips
     clear = count > 0
     np.testing.assert_array_equal(made.reflectance.values[:, clear], expected[:, clear])
     assert set(np.unique(made.quality.values[clear])) == {1}
     assert clear.mean() > 0.5
+
+
+def test_rows_where_tiles_begin(archive):
+    """Tiles of 64 px: counted by hand from the file's upper edge, in pixels of the grid."""
+    file_grid = grid_at(LEFT, TOP + 200, 200, 300)
+    scene = archive.scene("2020-06-01T10:00:00", file_grid, {"B04": 1, "B11": 1})
+    grid = grid_at(LEFT, TOP, 60, 240)
+    assert find_tile_rows(scene, "B04", grid) == [44, 108, 172, 236]
+    assert find_tile_rows(scene, "B11", coarsen(grid, 20)) == [54, 118]
+    assert find_tile_rows(scene, "B11", grid) == [108, 236]
+    above = grid_at(LEFT, TOP + 840, 60, 100)
+    assert find_tile_rows(scene, "B04", above) == [64]
+    assert find_tile_rows(scene, "B04", grid_at(LEFT, TOP, 60, 240, epsg=32632)) == []
+    scene.assets["B04"].href += ".gone"
+    assert find_tile_rows(scene, "B04", grid) == []
 
 
 def test_neither_the_order_of_scenes_nor_the_cut_into_blocks_matters(archive):

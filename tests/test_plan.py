@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from known_scenes import grid_at, serve, write_tif
 from minecube.catalog import Recipe, Registration
-from minecube.composite import composite, plan
+from minecube.composite import bands, composite, plan
 from minecube.composite import registration as registering
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
@@ -214,3 +214,18 @@ def test_checks_take_at_most_what_is_planned(archive, tmp_path, side, corner):
     if side > 1024:  # one tile per file
         assert made["requests"] == headers + 4
         assert made["bytes"] == headers * HEAD_BYTES + 512**2 * (3 * 2 + 1)
+
+
+def test_strips_are_planned(archive, site, monkeypatch):
+    """One block of 240 x 180, cut where tiles of 64 px begin: B04 in 3 parts, B11 in 2, SCL whole."""
+    for module in (plan, bands):
+        monkeypatch.setattr(module, "LEAST_CUT_PX", 0)
+    monkeypatch.setattr(bands, "_LEAST_ROWS", 2)
+    scene = archive.scene("2020-07-01T10:00:00", grid_at(LEFT, TOP, 240, 180), {"B04": 1, "B11": 1})
+    scene.properties["minecube:tile_px"] = 64
+    recipe = dataclasses.replace(RECIPE, block_px=240)
+    ledger = Ledger()
+    composite([scene], grid_of(site), recipe, ledger).compute()
+    assert ledger.totals()["planned"] == 3 + 2 + 1
+    # A window that begins anywhere may touch one more row of tiles.
+    assert plan.estimate([scene], grid_of(site), recipe).reads == 4 + 3 + 1

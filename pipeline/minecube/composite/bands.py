@@ -15,13 +15,11 @@ import pystac
 from odc.geo.geobox import GeoBox
 
 from minecube.arrays import AnyArray, Bool, Int16, Int32, UInt8, UInt16
-from minecube.composite.needs import AHEAD, MASK_M, pixel_size_of
+from minecube.composite.needs import AHEAD, LEAST_CUT_PX, MASK_M, pixel_size_of
 from minecube.grid import PIXEL_M, coarsen
 from minecube.reader import Ledger, find_tile_rows, start_read
 
 Window = tuple[slice, slice]
-_LEAST_CUT_PX = 2**24
-"""Bands of fewer pixels and days, 32 MB, are not cut into strips."""
 _LEAST_ROWS = 64  # rows of 20 m in a strip: a shorter one costs more time than it saves memory
 
 
@@ -170,7 +168,7 @@ class Bands:
         box = coarsen(self._box, size)
         height = self.use.shape[1]
         starts = [0]
-        if len(self.days) * math.prod(box.shape) > _LEAST_CUT_PX:
+        if len(self.days) * math.prod(box.shape) > LEAST_CUT_PX:
             scene = self._observations.scenes[self._day_of.index(0)]
             for row in find_tile_rows(scene, band, box, self._ledger):
                 start, remainder = divmod(row * size, MASK_M)

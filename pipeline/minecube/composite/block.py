@@ -40,6 +40,7 @@ from minecube.composite.daymasks import DayMasks
 from minecube.composite.masks import CLEAR
 from minecube.composite.needs import (
     MASK_M,
+    are_cut,
     bands_with_fringe,
     compute_margins,
     estimate_memory,
@@ -168,7 +169,7 @@ class _Block:
             fringe_reads.read(fringe_names)
             bands.read(
                 [band for band in self.recipe.bands if band not in names],
-                in_strips=self.recipe.reducer == "median" and not self.recipe.best_pixel,
+                in_strips=are_cut(self.recipe),
             )
             pixels = {band: fringe_reads.next().pixels for band in fringe_names}
             excess = np.zeros(fringe_reads.use.shape, dtype=np.int32)

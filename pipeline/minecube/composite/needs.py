@@ -18,6 +18,8 @@ MASK_M = 20
 """Pixel size of masks: the mission's size of SCL."""
 AHEAD = 1
 """Bands, or strips of them, read ahead of the next one. Small ones are read farther ahead."""
+LEAST_CUT_PX = 2**24
+"""Bands of fewer pixels and days, 32 MB, are not cut into strips."""
 _STEP_M = 240  # unit of margins: a multiple of 60 m and of the 80 m cells of the bright override
 
 
@@ -99,6 +101,11 @@ def compute_margins(recipe: Recipe) -> tuple[int, int]:
 
 def _round_up(length_m: int, step_m: int) -> int:
     return -(-length_m // step_m) * step_m
+
+
+def are_cut(recipe: Recipe) -> bool:
+    """Test if bands are reduced strip by strip: medians alone need one band at a time."""
+    return recipe.reducer == "median" and not recipe.best_pixel
 
 
 def bands_with_fringe(recipe: Recipe) -> set[str]:

@@ -23,7 +23,9 @@ from minecube.arrays import Int64
 from minecube.catalog import SCL, Recipe, describe_yaml_error
 from minecube.composite.block import BLOCK_BYTES
 from minecube.composite.needs import (
+    LEAST_CUT_PX,
     MASK_M,
+    are_cut,
     bands_with_fringe,
     compute_margins,
     count_connections,
@@ -240,6 +242,10 @@ def _count_block(
     for size, around_m in itertools.product((10, 20), {0, fringe, margin}):
         shape = coarsen(pad(box, around_m), size).shape
         windows[size, around_m] = (shape.y, shape.x)
+    cut_sizes: list[int] = []
+    if are_cut(recipe):
+        days = len({scene.properties["minecube:datatake"] for scene in scenes})
+        cut_sizes = [s for s in (10, 20) if days * math.prod(windows[s, 0]) > LEAST_CUT_PX]
     sums = np.zeros(4, dtype=np.int64)
     for scene in scenes:
         for band in (SCL, *recipe.bands):
@@ -250,7 +256,11 @@ def _count_block(
             elif band in with_fringe:
                 around_m = fringe
             href = scene.assets[band].href
-            sums += _count_window(scene, band, size, windows[size, around_m])
+            counts = _count_window(scene, band, size, windows[size, around_m])
+            if band not in (SCL, *with_fringe) and size in cut_sizes:
+                tile_px = scene.properties["minecube:tile_px"]
+                counts[0] = math.ceil((windows[size, 0][0] + tile_px - 1) / tile_px)
+            sums += counts
             if href not in opened:
                 sums += _count_header(href)
                 opened.add(href)

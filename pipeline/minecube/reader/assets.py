@@ -177,7 +177,9 @@ def read_band(
     return copy_to(remove_offset(raw, offset), out)
 
 
-def find_tile_rows(scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None) -> list[int]:
+def find_tile_rows(
+    scene: pystac.Item, band: str, grid: GeoBox, ledger: Ledger | None = None
+) -> list[int]:
     """Return the rows of a grid at which tiles of a scene's file begin, besides its first row.
 
     Empty for a file of another zone, with other pixels, or that cannot be read. Reads its header
