@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from affine import Affine
 from hypothesis import given
 from hypothesis import strategies as st
 from odc.geo.geobox import GeoBox
@@ -287,3 +288,16 @@ def test_registration_uses_the_pixels_of_a_look(archive, flag):
     assert shifts == measure_shifts(listed, where)
     assert shifts[1].dx_m == pytest.approx(20, abs=1)
     assert shifts[3].dy_m == pytest.approx(-10, abs=1)
+
+
+def test_turned_files_have_no_tiles(archive):
+    """Rows of pixels that go north or east, as a header may say: windows stay where they are."""
+    listed = archive.scene(
+        "2020-06-01T10:00:00", grid_at(LEFT, TOP, 600, 600), {"B04": 1, "B11": 1}
+    )
+    grid = grid_at(LEFT, TOP, 600, 600)
+    assert find_common_tiles([listed], "B04", grid, None)
+    for turned in (Affine(10, 0, LEFT, 0, 10, TOP - 6000), Affine(0, 10, LEFT, -10, 0, TOP)):
+        with rasterio.open(listed.assets["B04"].href, "r+") as image:
+            image.transform = turned
+        assert find_common_tiles([listed], "B04", grid, None) == []

@@ -108,7 +108,9 @@ def read_file(
 
 
 def find_tiles(file: File, grid: GeoBox, tally: Tally) -> tuple[TileEdges, TileEdges] | None:
-    """Return the edges of a file's rows and columns of tiles; None in another CRS than the grid's.
+    """Return the edges of a file's rows and columns of tiles.
+
+    None in another CRS than the grid's, or if rows do not go south and columns east.
 
     Raises as `read_file` does.
     """
@@ -116,6 +118,8 @@ def find_tiles(file: File, grid: GeoBox, tally: Tally) -> tuple[TileEdges, TileE
         if not has_crs_of(image, grid):
             return None
         t = ~grid.transform @ image.transform
+        if t.b or t.d or min(t.a, t.e) <= 0:  # rotated, or stored from the bottom up
+            return None
         height, width = image.block
         rows = TileEdges(t.f, t.f + t.e * image.height, t.e * height)
         return rows, TileEdges(t.c, t.c + t.a * image.width, t.a * width)
