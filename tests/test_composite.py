@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import odc.stac
+import pandas as pd
 import pytest
 
 from known_composites import LEFT, MASKED, PLAIN, TOP
 from known_scenes import grid_at, unique_pixels
 from minecube import scenes
-from minecube.catalog import BANDS, BrightOverride, HazeTest, MaskRule
+from minecube.catalog import BANDS, NATIVE_M, BrightOverride, HazeTest, MaskRule, load_recipes
 from minecube.composite import bands, composite
+from minecube.composite.needs import count_ahead, estimate_memory
 from minecube.errors import ReadError
 from minecube.grid import coarsen, grid_of
 from minecube.reader import Ledger, find_tile_rows
@@ -334,6 +337,48 @@ def test_bands_read_into_the_memory_of_others_are_the_same(archive):
     of_veil = set(table[table.scene.isin([s.id for s in listed if s.datetime.day == 13])].band)
     assert {"B02", "B04"} <= of_veil
     assert not {"B08", "B8A", "B11", "B12"} & of_veil
+
+
+@pytest.mark.parametrize(
+    "name", ["annual-median", "annual-geomedian", "summer-bap", "naive-median"]
+)
+def test_memory_is_estimated(archive, name):
+    """30 days without a cloud need the most. numpy reports its memory to Python's own count."""
+    grid = grid_at(LEFT, TOP, 600, 576)
+    sizes = {band: size for band, size in NATIVE_M.items() if band != "SCL"}
+    ten = dataclasses.replace(archive, bands=BANDS, resolution=NATIVE_M)
+    rng = np.random.default_rng(3)
+    pixels = {
+        band: rng.integers(1000, 1200, (11000 // size, 11000 // size))
+        for band, size in sizes.items()
+    }
+    first = ten.scene(
+        "2020-06-01T10:00:00", grid_at(LEFT - 2400, TOP + 2400, 1100, 1100), pixels, 4
+    )
+    listed = []
+    for day in range(30):
+        scene = first.clone()
+        scene.id += str(day)
+        scene.datetime += pd.Timedelta(days=2 * day)
+        scene.properties["minecube:datatake"] += str(day)
+        listed.append(scene)
+    recipe = dataclasses.replace(load_recipes()[name], block_px=1024)
+    composite(listed[:2], grid, recipe).compute()  # imports
+    tracemalloc.start()
+    try:
+        composite(listed, grid, recipe).compute()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    estimate = estimate_memory(listed, grid, recipe)
+    assert peak < estimate < 2 * peak
+
+
+def test_only_remote_bands_are_read_ahead(archive):
+    scene = archive.scene("2020-06-01T10:00:00", grid_at(LEFT, TOP, 60, 60), {"B04": 1, "B11": 1})
+    assert count_ahead([scene]) == 0
+    scene.assets["B11"].href = "https://example.com/B11.tif"
+    assert count_ahead([scene]) == 1
 
 
 def test_layers_without_an_observation(archive):

@@ -22,7 +22,7 @@ from minecube.catalog import (
 from minecube.composite.masks import (
     choose_clearest,
     choose_observations,
-    classify,
+    classify_day,
     correct_classes,
     find_bright_ground,
     grow,
@@ -33,7 +33,6 @@ from minecube.composite.masks import (
 )
 
 PLAIN = Recipe(id="plain", title="no mask")
-MONTHS, OWN = [6] * 40, [1] * 40
 INT32 = st.integers(-(2**20), 2**20)
 
 
@@ -69,6 +68,18 @@ def test_the_outermost_pixel_of_a_swath_is_not_trusted():
     assert (owner[0, :, :3] == -1).all()  # two without data, one of border
     assert (owner[0, :, 3:] == 0).all()  # the edge of the window is no border
     assert (day[0, :, 3:] == 4).all()
+
+
+@pytest.mark.parametrize("scenes", [3, 128, 129])
+def test_owners_beyond_the_margin_are_cut_off(scenes):
+    """Scene n covers column n and its neighbours, so the inner column keeps its first scene."""
+    scl = np.zeros((scenes, 5, scenes + 2), np.uint8)
+    for n in range(scenes):
+        scl[n, :, n : n + 3] = 4
+    owner, day = mosaic_scenes(scl, [0] * scenes, margin=2)
+    np.testing.assert_array_equal(owner[0, 0], np.arange(1, scenes - 1))
+    np.testing.assert_array_equal(owner, mosaic_scenes(scl, [0] * scenes)[0][:, 2:-2, 2:-2])
+    assert day.shape == (1, 5, scenes + 2)
 
 
 def mine_under_changing_sky(share_of_window, dates=14, side=60):
@@ -174,37 +185,35 @@ def test_of_two_observations_the_hazy_one_goes():
 
 
 def test_kinds_rank_what_is_not_clear():
-    scl = np.array([[[4, 9, 3, 10, 0, 4, 4, 4, 4, 4]]], np.uint8)
+    scl = np.array([[4, 9, 3, 10, 0, 4, 4, 4, 4, 4]], np.uint8)
     recipe = dataclasses.replace(
         PLAIN, mask=(MaskRule(classes=(9,), dilate_m=20), MaskRule(classes=(3, 10)))
     )
-    np.testing.assert_array_equal(
-        classify(scl, recipe, MONTHS, OWN)[0, 0], [2, 4, 3, 3, 0, 1, 1, 1, 1, 1]
-    )
+    kind = classify_day(scl, None, recipe, 6, 1)
+    np.testing.assert_array_equal(kind[0], [2, 4, 3, 3, 0, 1, 1, 1, 1, 1])
 
 
 @pytest.mark.parametrize("name", ["annual-median", "annual-geomedian", "summer-bap", "eurominenet"])
 def test_shipped_recipes_take_what_is_unclassified_for_no_clear_ground(name):
     """Of real ones, 97 % are cloud in season."""
-    scl = np.array([[[4, 7, 5]]], np.uint8)
-    np.testing.assert_array_equal(
-        classify(scl, load_recipes()[name], MONTHS, OWN)[0, 0], [1, FALLBACKS["thin"], 1]
-    )
+    scl = np.array([[4, 7, 5]], np.uint8)
+    kind = classify_day(scl, None, load_recipes()[name], 6, 1)
+    np.testing.assert_array_equal(kind[0], [1, FALLBACKS["thin"], 1])
 
 
 def test_a_rule_holds_in_its_months():
-    scl = np.full((2, 4, 4), 11, np.uint8)
+    scl = np.full((4, 4), 11, np.uint8)
     recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(11,), months=(5, 6, 7)),))
-    kind = classify(scl, recipe, [1, 6], [1, 1])
-    assert (kind[0] == 1).all()
-    assert (kind[1] == FALLBACKS["thin"]).all()
+    assert (classify_day(scl, None, recipe, 1, 1) == 1).all()
+    assert (classify_day(scl, None, recipe, 6, 1) == FALLBACKS["thin"]).all()
 
 
 def test_other_seasons_give_clear_observations_only():
-    scl = np.array([[[4, 9, 0]], [[4, 9, 0]]], np.uint8)
+    scl = np.array([[4, 9, 0]], np.uint8)
     recipe = dataclasses.replace(PLAIN, mask=(MaskRule(classes=(9,)),))
-    kind = classify(scl, recipe, [6, 11], [1, FALLBACKS["wider-season"]])
-    np.testing.assert_array_equal(kind[:, 0], [[1, 4, 0], [5, 255, 0]])
+    assert classify_day(scl, None, recipe, 6, 1).tolist() == [[1, 4, 0]]
+    wider = classify_day(scl, None, recipe, 11, FALLBACKS["wider-season"])
+    assert wider.tolist() == [[5, 255, 0]]
 
 
 def test_one_date_alone_says_nothing_of_bright_ground():
@@ -326,7 +335,7 @@ def test_window_sums_are_cut_at_the_edges(values, half):
 def test_cloud_distance():
     kind = np.ones((2, 5, 9), np.uint8)
     kind[0, 2, 2], kind[0, 0, 8] = 4, 0
-    away = measure_cloud_distance(kind, 60)
+    away = np.stack([measure_cloud_distance(day, 60) for day in kind])
     assert (away[1] == 60).all()  # no cloud that day
     np.testing.assert_allclose(away[0, 2], [40, 20, 0, 20, 40, 60, 60, 60, 60])
     assert away[0, 3, 3] == pytest.approx(20 * np.sqrt(2))

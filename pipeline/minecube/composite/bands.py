@@ -14,8 +14,9 @@ import numpy as np
 import pystac
 from odc.geo.geobox import GeoBox
 
-from minecube.arrays import AnyArray, Bool, Int16, Int32, UInt8, UInt16
-from minecube.composite.needs import AHEAD, LEAST_CUT_PX, MASK_M, pixel_size_of
+from minecube.arrays import AnyArray, Bool, Int32, UInt8, UInt16
+from minecube.composite.masks import crop
+from minecube.composite.needs import LEAST_CUT_PX, MASK_M, count_ahead, pixel_size_of
 from minecube.grid import PIXEL_M, coarsen
 from minecube.reader import Ledger, find_tile_rows, start_read
 
@@ -31,10 +32,10 @@ class Observations:
     """Scenes in mosaic order."""
     day_of: Sequence[int]
     """Index of each scene's day."""
-    owner: Int16
-    """int16 [day, y, x] at 20 m, index of the scene of each day's pixel, -1 = none."""
+    owner: AnyArray
+    """int8 or int16 [day, y, x] at 20 m, index of the scene of each day's pixel, -1 = none."""
     kind: UInt8
-    """uint8 [day, y, x] at 20 m, as `masks.classify` returns it; set to 0 if a band has no data."""
+    """uint8 [day, y, x] at 20 m, as `masks.classify_day` returns it; set to 0 if a band has no data."""
     incomplete: set[int] = field(default_factory=set)
     """Scenes with a band without data at pixels seen by SCL."""
     reads: set[tuple[int, str, int]] = field(default_factory=set)
@@ -89,7 +90,7 @@ class Bands:
     ) -> None:
         self.days = np.flatnonzero(use.any(axis=(1, 2)))
         """Indices of the used days among all days."""
-        self.use = use[self.days]
+        self.use = use if len(self.days) == len(use) else use[self.days]
         self._observations = observations
         self._box = box
         self._ledger = ledger
@@ -108,6 +109,7 @@ class Bands:
         than whole bands.
         """
         whole = [slice(0, self.use.shape[1])]
+        bands = sorted(bands, key=self._size_of)  # the memory of bands of one size is used again
         strips: dict[int, list[slice]] = {}
         for band in bands:
             size = self._size_of(band)
@@ -115,7 +117,8 @@ class Bands:
                 strips[size] = self._cut_strips(band)
             self._queue.extend((band, rows) for rows in strips.get(size, whole))
         sizes = [math.prod(self._shape_of(*strip)) for strip in self._queue]
-        self._ahead_px = max([(AHEAD + 1) * size for size in sizes], default=0)
+        ahead = count_ahead(self._observations.scenes)
+        self._ahead_px = (ahead + 1) * max(sizes, default=0)
         self._start_reads()
 
     def are_left(self) -> bool:
@@ -204,8 +207,12 @@ class Bands:
     def _allocate(self, shape: tuple[int, int, int]) -> UInt16:
         """Return an array of any content, if possible in the memory of an earlier strip."""
         pixels = math.prod(shape)
-        fitting = [n for n, spare in enumerate(self._spare) if spare.size >= pixels]
-        memory = self._spare.pop(fitting[0]) if fitting else np.empty(pixels, dtype=np.uint16)
+        fitting = [n for n, spare in enumerate(self._spare) if pixels <= spare.size < 2 * pixels]
+        if fitting:
+            memory = self._spare.pop(fitting[0])
+        else:
+            self._spare.clear()  # the bands that follow are no larger
+            memory = np.empty(pixels, dtype=np.uint16)
         return memory[:pixels].reshape(shape)
 
     def _start_strip(self, strip: Strip) -> deque[_Read]:
@@ -297,12 +304,12 @@ def mask_pixels(pixels: UInt16, use: Bool, size_m: int, out: UInt16) -> UInt16:
 
 
 def sum_to_mask_size(pixels: UInt16, size_m: int) -> Int32:
-    """Sum 10 m pixels [day, y, x] to 20 m; multiply 20 m pixels by 4 instead."""
+    """Sum 10 m pixels [y, x] to 20 m; multiply 20 m pixels by 4 instead."""
     if size_m == MASK_M:
         return pixels.astype(np.int32) * 4
-    rows = pixels[:, ::2].astype(np.int32)
-    rows += pixels[:, 1::2]
-    return rows[:, :, ::2] + rows[:, :, 1::2]
+    rows = pixels[::2].astype(np.int32)
+    rows += pixels[1::2]
+    return rows[:, ::2] + rows[:, 1::2]
 
 
 def repeat_pixels(pixels: AnyArray, size_m: int) -> AnyArray:
@@ -311,13 +318,6 @@ def repeat_pixels(pixels: AnyArray, size_m: int) -> AnyArray:
     if scale == 1:
         return pixels
     return pixels.repeat(scale, axis=-2).repeat(scale, axis=-1)
-
-
-def crop(pixels: AnyArray, margin: int) -> AnyArray:
-    """Remove `margin` pixels from each side of the last two dimensions."""
-    if not margin:
-        return pixels
-    return pixels[..., margin:-margin, margin:-margin]
 
 
 def _has_all_parts(pixels: UInt16, size_m: int) -> Bool:

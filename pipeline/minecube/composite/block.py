@@ -31,13 +31,12 @@ from minecube.composite.bands import (
     Bands,
     Observations,
     Strip,
-    crop,
     mask_pixels,
     repeat_pixels,
     sum_to_mask_size,
 )
 from minecube.composite.daymasks import DayMasks
-from minecube.composite.masks import CLEAR
+from minecube.composite.masks import CLEAR, crop
 from minecube.composite.needs import (
     MASK_M,
     are_cut,
@@ -111,8 +110,9 @@ class _FringeBands(NamedTuple):
     bands: Bands
     pixels: dict[str, UInt16]
     """uint16 [day, y, x] of each of these bands, at its own pixel size."""
-    excess: Int32
-    """int32 [day, y, x] at 20 m, excess of haze, reflectance x 80000."""
+    excess: Int32 | None
+    """int32 [day, y, x] at 20 m, excess of haze, reflectance x 80000. None without best pixel or
+    haze test."""
 
 
 @dataclass(frozen=True)
@@ -172,13 +172,7 @@ class _Block:
                 in_strips=are_cut(self.recipe),
             )
             pixels = {band: fringe_reads.next().pixels for band in fringe_names}
-            excess = np.zeros(fringe_reads.use.shape, dtype=np.int32)
-            if self.recipe.haze:
-                clear, quality, excess = masks.remove_haze(
-                    self._sum_hot(pixels), fringe_reads.use, quality, self.recipe.haze
-                )
-                fringe_reads.narrow(clear)
-                bands.narrow(self.crop(clear[np.searchsorted(fringe_reads.days, bands.days)]))
+            quality, excess = self._remove_haze(pixels, fringe_reads, bands, quality)
             self._count_clear(bands.use, self.crop(quality), layers)
             self._reduce(_FringeBands(fringe_reads, pixels, excess), bands, layers)
         finally:
@@ -200,10 +194,24 @@ class _Block:
             use &= clearest | (kind != CLEAR)
         return use, quality
 
-    def _sum_hot(self, pixels: dict[str, UInt16]) -> Int32:
-        """Compute 2 x blue - red, as `masks.remove_haze` needs it: int32 [day, y, x] at 20 m."""
-        blue, red = (sum_to_mask_size(pixels[band], self.size(band)) for band in ("B02", "B04"))
-        return 2 * blue - red
+    def _remove_haze(
+        self, pixels: dict[str, UInt16], fringe: Bands, bands: Bands, quality: UInt8
+    ) -> tuple[UInt8, Int32 | None]:
+        """Narrow the observations of all bands to those without haze, if the recipe tests for it.
+
+        Returns the changed quality, and the excess of haze if a best pixel is chosen by it.
+        """
+        if self.recipe.haze is None:
+            return quality, None
+        hot = np.empty(fringe.use.shape, dtype=np.int32)  # 2 x blue - red
+        for day in range(len(hot)):  # day by day, to need no memory beyond the result
+            hot[day] = sum_to_mask_size(pixels["B02"][day], self.size("B02"))
+            hot[day] *= 2
+            hot[day] -= sum_to_mask_size(pixels["B04"][day], self.size("B04"))
+        clear, quality, excess = masks.remove_haze(hot, fringe.use, quality, self.recipe.haze)
+        fringe.narrow(clear)
+        bands.narrow(self.crop(clear[np.searchsorted(fringe.days, bands.days)]))
+        return quality, excess if self.recipe.best_pixel else None
 
     def _count_clear(self, use: Bool, quality: UInt8, layers: Layers) -> None:
         """Write the layers `clear_count` and `quality`. Arrays have no fringe."""
@@ -248,6 +256,7 @@ class _Block:
                 median = reducers.median(strip.pixels)
                 layers["reflectance"][k, rows] = repeat_pixels(median, size)
                 bands.release(strip)
+                del strip  # free its memory before the next one is read
         else:
             raise NotImplementedError(f"reducer {self.recipe.reducer!r} has no branch here")
 
@@ -294,9 +303,12 @@ class _Block:
         The band contains more observations: those of all `fringe_days`.
         """
         size = self.size(band)
-        inside = self.crop(pixels, size)[np.searchsorted(fringe_days, days)]
-        inside = np.ascontiguousarray(inside)
-        return mask_pixels(inside, use, size, out=inside)
+        height, width = self.crop(pixels, size).shape[1:]
+        used = np.empty((len(days), height, width), dtype=np.uint16)
+        for n, day in enumerate(np.searchsorted(fringe_days, days)):
+            used[n] = self.crop(pixels[day], size)
+            mask_pixels(used[n], use[n], size, out=used[n])
+        return used
 
     def take_days(
         self, all_bands: Iterable[Strip], index: Int16, days: IntP, layers: Layers
@@ -391,16 +403,22 @@ class _BestPixels:
         if block.cloud_distance is None:
             raise TypeError("a best pixel needs the distance to clouds")
         same_days = np.searchsorted(self._fringe.bands.days, self._days)
-        opacity = (self._fringe.excess[same_days] / 8e4).astype(np.float32)
         sharpness = reducers.measure_sharpness(self._fringe.pixels["B04"][same_days])
-        score = reducers.score_days(
-            block.yeardays[self._days],
-            repeat_pixels(block.cloud_distance[self._days], MASK_M),
-            repeat_pixels(opacity, MASK_M),
-            repeat_pixels(sharpness, block.size("B04")),
-            self._rule,
-        )
-        return block.crop(score, PIXEL_M)
+        scores = np.empty((len(self._days), *block.task.box.shape), dtype=np.float32)
+        for n, day in enumerate(self._days):  # day by day, to need less memory
+            distance = block.cloud_distance[day, None]
+            opacity = np.zeros_like(distance)
+            if self._fringe.excess is not None:
+                opacity = (self._fringe.excess[same_days[n], None] / 8e4).astype(np.float32)
+            score = reducers.score_days(
+                block.yeardays[day, None],
+                repeat_pixels(distance, MASK_M),
+                repeat_pixels(opacity, MASK_M),
+                repeat_pixels(sharpness[n, None], block.size("B04")),
+                self._rule,
+            )
+            scores[n] = block.crop(score[0], PIXEL_M)
+        return scores
 
     def _count_black(self) -> UInt8 | None:
         """Count the black bands of each observation among the fringe bands.

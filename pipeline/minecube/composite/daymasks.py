@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import pystac
 
-from minecube.arrays import Float32, Int16, UInt8
+from minecube.arrays import AnyArray, Bool, Float32, UInt8
 from minecube.catalog import FALLBACKS, SCL, Recipe
 from minecube.composite import masks
-from minecube.composite.bands import crop
-from minecube.composite.masks import CLEAR
+from minecube.composite.masks import CLEAR, crop
 from minecube.composite.needs import MASK_M, compute_margins, index_overpasses
 from minecube.composite.task import BlockTask
 from minecube.grid import coarsen, pad
@@ -25,10 +24,10 @@ SCL_IS = "minecube:scl"  # item property: error of a scene's whole classificatio
 class Masks(NamedTuple):
     """Masks of some days, [day, y, x] at 20 m, of the block and its fringe."""
 
-    owner: Int16
-    """Index of the scene of a day's pixel, -1 = not observed."""
+    owner: AnyArray
+    """int8 or int16, index of the scene of a day's pixel, -1 = not observed."""
     kind: UInt8
-    """As `masks.classify` returns it."""
+    """As `masks.classify_day` returns it."""
     cloud_distance: Float32 | None
     """Metres from the day's nearest cloud, for recipes with a best pixel."""
 
@@ -52,15 +51,14 @@ class DayMasks:
 
     def read(self) -> Masks:
         """Read SCL of all scenes and return the masks of all days."""
-        recipe = self._task.recipe
+        rule = self._task.recipe.bright_override
         scenes = range(len(self._task.scenes))
         classes = self._read_classes(scenes, self._task.ledger)
-        owner, scl = masks.mosaic_scenes(classes, self.days)
-        months = [time.month for time in self.times]
-        kind = masks.classify(scl, recipe, months, self._seasons)
+        owner, scl = masks.mosaic_scenes(classes, self.days, self._edge)
+        bright = masks.find_bright_ground(scl, rule) if rule else None
         if len(scl) < len(scenes):
             self._scl = scl  # `read_later` needs it
-        return self._crop(owner, kind)
+        return self._classify(owner, scl, bright, range(len(scl)))
 
     def read_later(self, scene: int) -> Masks | None:
         """Return the masks of one day, made of the day's scenes after this scene.
@@ -68,30 +66,42 @@ class DayMasks:
         Returns None if there are no later scenes. The other days stay unchanged. So missing data in
         other scenes does not affect these masks.
         """
-        recipe = self._task.recipe
+        rule = self._task.recipe.bright_override
         day = self.days[scene]
         later = [n for n in range(scene + 1, len(self.days)) if self.days[n] == day]
         if not later or self._scl is None:
             return None
         ledger = self._task.ledger and self._task.ledger.for_repeats()
         one_day = [0] * len(later)
-        position, scl = masks.mosaic_scenes(self._read_classes(later, ledger), one_day)
+        classes = self._read_classes(later, ledger)
+        position, scl = masks.mosaic_scenes(classes, one_day, self._edge)
         owner = np.where(position >= 0, np.array(later, dtype=np.int16)[position], np.int16(-1))
         bright = None
-        if recipe.bright_override:
+        if rule:
             all_days = self._scl.copy()
             all_days[day] = scl[0]
-            bright = masks.find_bright_ground(all_days, recipe.bright_override)[day]
-        month = self.times[day].month
-        kind = masks.classify_day(scl[0], bright, recipe, month, self._seasons[day])
-        return self._crop(owner, kind[None])
+            bright = masks.find_bright_ground(all_days, rule)[day, None]
+        return self._classify(owner, scl, bright, [day])
 
-    def _crop(self, owner: Int16, kind: UInt8) -> Masks:
-        cloud_distance = None
-        if self._task.recipe.best_pixel:
-            limit_m = self._task.recipe.best_pixel.cloud_distance_m
-            cloud_distance = crop(masks.measure_cloud_distance(kind, limit_m), self._edge).copy()
-        return Masks(crop(owner, self._edge).copy(), crop(kind, self._edge).copy(), cloud_distance)
+    def _classify(
+        self, owner: AnyArray, scl: UInt8, bright: Bool | None, days: Sequence[int]
+    ) -> Masks:
+        """Classify days one by one, to need no memory beyond the result.
+
+        `scl` and `bright` are [day, y, x] with the margin, and `owner` is without it.
+        """
+        recipe = self._task.recipe
+        kind = np.empty(owner.shape, np.uint8)
+        distance = np.empty(owner.shape, np.float32) if recipe.best_pixel else None
+        for n, day in enumerate(days):
+            bright_today = None if bright is None else bright[n]
+            month = self.times[day].month
+            whole = masks.classify_day(scl[n], bright_today, recipe, month, self._seasons[day])
+            kind[n] = crop(whole, self._edge)
+            if recipe.best_pixel and distance is not None:
+                limit_m = recipe.best_pixel.cloud_distance_m
+                distance[n] = crop(masks.measure_cloud_distance(whole, limit_m), self._edge)
+        return Masks(owner, kind, distance)
 
     def _read_classes(self, scenes: Sequence[int], ledger: Ledger | None) -> Iterator[UInt8]:
         """Yield the classes of each of these scenes, uint8 [y, x] at 20 m."""

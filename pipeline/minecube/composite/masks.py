@@ -12,7 +12,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy import ndimage
 
-from minecube.arrays import AnyArray, Bool, Float32, Float64, Int16, Int32, UInt8
+from minecube.arrays import AnyArray, Bool, Float32, Float64, Int32, UInt8
 from minecube.catalog import FALLBACKS, BrightOverride, HazeTest, MaskRule, Recipe
 from minecube.composite.needs import MASK_M
 from minecube.composite.ranks import lower_quartile
@@ -41,7 +41,9 @@ VEILED = 12
 it as thin cloud."""
 
 
-def mosaic_scenes(scl: Iterable[UInt8], days: Sequence[int]) -> tuple[Int16, UInt8]:
+def mosaic_scenes(
+    scl: Iterable[UInt8], days: Sequence[int], margin: int = 0
+) -> tuple[AnyArray, UInt8]:
     """Merge the scenes of each day: source scene and SCL of each pixel.
 
     The first scene of a day with data at a pixel keeps the pixel. Each scene first loses the
@@ -51,21 +53,22 @@ def mosaic_scenes(scl: Iterable[UInt8], days: Sequence[int]) -> tuple[Int16, UIn
         scl: uint8 [y, x] of each scene in turn, 0 = no data. Scenes of one day come in order of
             preference.
         days: Index of each scene's day, 0..n-1.
+        margin: Pixels on each side that the first result lacks.
 
     Returns:
-        int16 [day, y, x], index of the scene, -1 = not observed. uint8 [day, y, x], the SCL class,
-        0 = not observed.
+        int8 or int16 [day, y, x], index of the scene, -1 = not observed. uint8 [day, y, x], the SCL
+        class, 0 = not observed.
     """
-    owner = np.empty((0, 0, 0), np.int16)
+    owner: AnyArray = np.empty((0, 0, 0), np.int8)
     mosaic = np.empty((0, 0, 0), np.uint8)
     for scene, (day, layer) in enumerate(zip(days, scl, strict=True)):
         if not scene:
-            shape = (max(days) + 1, *layer.shape)
-            owner = np.full(shape, -1, dtype=np.int16)
-            mosaic = np.zeros(shape, dtype=np.uint8)
-        free = _erode_coverage(layer) & (owner[day] < 0)
-        np.copyto(owner[day], scene, where=free)
+            mosaic = np.zeros((max(days) + 1, *layer.shape), dtype=np.uint8)
+            dtype = np.min_scalar_type(-len(days))
+            owner = np.full(crop(mosaic, margin).shape, -1, dtype=dtype)
+        free = _erode_coverage(layer) & (mosaic[day] == _NODATA)
         np.copyto(mosaic[day], layer, where=free)
+        np.copyto(owner[day], scene, where=crop(free, margin))
     return owner, mosaic
 
 
@@ -83,31 +86,17 @@ def correct_classes(scl: UInt8, error: str | None) -> UInt8:
     return scl
 
 
-def classify(scl: UInt8, recipe: Recipe, months: Sequence[int], seasons: Sequence[int]) -> UInt8:
-    """Classify each observation: an index into `QUALITY`, 0 = not observed, 255 = unusable.
-
-    `scl` is uint8 [day, y, x], 0 = not observed, and the result has the same shape. `months` has
-    the calendar month of each day. `seasons` has the kind of each day's clear observations: 1 in
-    the recipe's months, or a fallback (see `daymasks.season_of`).
-    """
-    days = len(scl)
-    bright: Sequence[Bool | None] | Bool = [None] * days
-    if recipe.bright_override:
-        bright = find_bright_ground(scl, recipe.bright_override)
-    kinds = np.empty_like(scl)
-    for day, layer in enumerate(scl):  # day by day, to need no memory beyond the result
-        kinds[day] = classify_day(layer, bright[day], recipe, months[day], seasons[day])
-    return kinds
-
-
 def classify_day(
     layer: UInt8, bright: Bool | None, recipe: Recipe, month: int, season: int
 ) -> UInt8:
-    """Classify the observations of one day: uint8 [y, x], as `classify` returns them.
+    """Classify the observations of one day: uint8 [y, x], index into `QUALITY`.
+
+    0 = not observed, 255 = unusable.
 
     `layer` is the scene classification, uint8 [y, x], 0 = not observed. `bright` marks bright
-    ground called cloud by SCL, bool [y, x]; None without a bright override. `season` is the kind of
-    the day's clear observations.
+    ground called cloud by SCL, bool [y, x]; None without a bright override. `month` is the day's
+    calendar month. `season` is the kind of the day's clear observations: 1 in the recipe's months,
+    or a fallback (see `daymasks.season_of`).
     """
     observed = layer != _NODATA
     hidden = layer == VEILED
@@ -235,7 +224,7 @@ def choose_observations(kind: UInt8, recipe: Recipe) -> tuple[Bool, UInt8]:
 
     Thin cloud and cloud are used only at pixels without other observations. Other fallbacks are
     used at pixels with fewer than `min_clear` observations. `kind` is uint8 [day, y, x], as
-    `classify` returns it.
+    `classify_day` returns it.
 
     Returns:
         use: bool [day, y, x].
@@ -266,7 +255,7 @@ def choose_clearest(kind: UInt8, limit: int, enough: int, day_of_year: Sequence[
     pixels.
 
     Args:
-        kind: uint8 [day, y, x], as `classify` returns it.
+        kind: uint8 [day, y, x], as `classify_day` returns it.
         limit: Maximum number of days in the first step.
         enough: Number of clear observations per pixel, as far as available.
         day_of_year: Day of the year of each day.
@@ -358,18 +347,24 @@ def sum_windows(values: Int32, half: int) -> Int32:
 
 
 def measure_cloud_distance(kind: UInt8, limit_m: int) -> Float32:
-    """Measure the distance of each observation [day, y, x] to the day's nearest cloud.
+    """Measure the distance of each pixel of a day to the nearest cloud: float32 [y, x].
 
     Cloud is any observation not classified as clear. Distances are in metres, up to `limit_m`.
+    `kind` is uint8 [y, x], as `classify_day` returns it.
     """
     clear_kinds = (0, CLEAR, FALLBACKS["wider-season"], FALLBACKS["neighbour-year"])
-    distance = np.full(kind.shape, limit_m, dtype=np.float32)
-    for day, layer in enumerate(kind):
-        cloudy = ~np.isin(layer, clear_kinds)
-        if cloudy.any():
-            pixels = ndimage.distance_transform_edt(~cloudy)
-            distance[day] = np.minimum(pixels * MASK_M, limit_m)
-    return distance
+    cloudy = ~np.isin(kind, clear_kinds)
+    if not cloudy.any():
+        return np.full(kind.shape, limit_m, dtype=np.float32)
+    distance: Float64 = ndimage.distance_transform_edt(~cloudy) * MASK_M
+    return np.minimum(distance, limit_m).astype(np.float32)
+
+
+def crop(pixels: AnyArray, margin: int) -> AnyArray:
+    """Remove `margin` pixels from each side of the last two dimensions."""
+    if not margin:
+        return pixels
+    return pixels[..., margin:-margin, margin:-margin]
 
 
 def _is_one_of(layer: UInt8, classes: Sequence[int]) -> Bool:

@@ -13,13 +13,17 @@ from odc.geo.geobox import GeoBox
 
 from minecube.catalog import SCL, Recipe
 from minecube.grid import ALIGN_M, area_of, coarsen, pad
+from minecube.network import is_local
 
 MASK_M = 20
 """Pixel size of masks: the mission's size of SCL."""
 AHEAD = 1
-"""Bands, or strips of them, read ahead of the next one. Small ones are read farther ahead."""
+"""Bands, or strips of them, read ahead of the next one over a network. Small ones are read farther
+ahead."""
 LEAST_CUT_PX = 2**24
 """Bands of fewer pixels and days, 32 MB, are not cut into strips."""
+_BUFFER_BYTES = 2**24
+"""Buffers of reads and reducers."""
 _STEP_M = 240  # unit of margins: a multiple of 60 m and of the 80 m cells of the bright override
 
 
@@ -115,24 +119,36 @@ def bands_with_fringe(recipe: Recipe) -> set[str]:
     return set()
 
 
+def count_ahead(scenes: Sequence[pystac.Item]) -> int:
+    """Return the number of bands, or strips, to read ahead of the next one.
+
+    Local files need none: while a strip is reduced, the next one is read in any case.
+    """
+    hrefs = (asset.href for scene in scenes for asset in scene.assets.values())
+    return 0 if all(map(is_local, hrefs)) else AHEAD
+
+
 def estimate_memory(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
     """Estimate the peak memory of a block in bytes, on top of the process's own memory.
 
-    The mask needs one SCL layer per scene plus about 12 bytes per pixel and day, margin included.
-    The bands in memory are the current one, those read ahead, and those for the haze test or pixel
-    choice. The geomedian needs all bands.
+    It is the larger of two stages. The masks need each scene's SCL and 6 bytes per pixel and day,
+    margin included. The bands in memory are the current one, those read ahead, and those for the
+    haze test or the best pixel. The geomedian needs all bands. Strips are taken for whole bands,
+    and all days for used ones. So most blocks need less.
     """
     fringe, margin = compute_margins(recipe)
     days = len({s.properties["minecube:datatake"] for s in scenes})
-    with_margin = math.prod(coarsen(pad(box, margin), MASK_M).shape)
-    with_fringe = math.prod(coarsen(pad(box, fringe), MASK_M).shape)
-    bytes_per_day = 12 + 4 * bool(recipe.best_pixel)
-    of_masks: int = len(scenes) * with_margin + days * with_margin * bytes_per_day
-    of_masks += days * with_fringe * 12 * bool(recipe.haze)
+    with_margin: int = math.prod(coarsen(pad(box, margin), MASK_M).shape)
+    of_masks = (2 * len(scenes) + 6 * days) * with_margin
+    with_fringe: int = math.prod(coarsen(pad(box, fringe), MASK_M).shape)
+    bytes_per_pixel = 5 + 8 * bool(recipe.haze) + 4 * bool(recipe.best_pixel)
     days_read = days
     if recipe.max_clear_observations:
         days_read = min(days, recipe.max_clear_observations * 3 // 2)
-    return of_masks + days_read * _estimate_band_bytes(scenes, pad(box, fringe), recipe)
+    of_bands = days * with_fringe * bytes_per_pixel
+    of_bands += days_read * _estimate_band_bytes(scenes, pad(box, fringe), recipe)
+    of_layers: int = 2 * len(recipe.bands) * math.prod(box.shape)
+    return _BUFFER_BYTES + of_layers + max(of_masks, of_bands)
 
 
 def _estimate_band_bytes(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Recipe) -> int:
@@ -142,8 +158,10 @@ def _estimate_band_bytes(scenes: Sequence[pystac.Item], box: GeoBox, recipe: Rec
         all_bands += 2 * math.prod(coarsen(box, pixel_size_of(band, scenes)).shape)
     if recipe.reducer == "geomedian":
         return all_bands
-    bytes_ahead: int = (2 + AHEAD + 2 * bool(bands_with_fringe(recipe))) * 2 * math.prod(box.shape)
-    return min(all_bands, bytes_ahead)
+    largest_band: int = 2 * math.prod(box.shape)
+    at_a_time = 2 + count_ahead(scenes) + 2 * bool(bands_with_fringe(recipe))
+    of_scores = 4 * largest_band * bool(recipe.best_pixel)
+    return of_scores + min(all_bands, at_a_time * largest_band)
 
 
 def count_connections(scenes: Sequence[pystac.Item], limit: int) -> int:
