@@ -24,10 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import bottleneck
 import distributed  # noqa: F401
@@ -65,6 +67,7 @@ from minecube.composite.needs import index_overpasses, sort_in_mosaic_order
 from minecube.grid import coarsen, grid_of
 from minecube.jobs.tables import format_table
 from minecube.reader import Ledger, compute_stack, stack
+from minecube.reader.tiles import TiledImage
 from minecube.scenes import veils
 from minecube.scenes.looks import read_look
 from minecube.simulate import World, simulate_archive
@@ -125,6 +128,7 @@ def main() -> None:
         root = Path(folder)
         write_archive(root / "mixed", DATES, lambda rng: rng.uniform(0, 0.7))
         figures |= compare_contenders(root / "mixed", rounds, print_table)
+        figures |= measure_decoding(root / "mixed", print_table)
         figures |= measure_bytes_read(root / "cloudy", print_table)
         figures |= measure_scaling(root / "mixed", rounds, print_table)
         figures |= measure_two_workers(root / "flat", print_table)
@@ -517,6 +521,41 @@ def compare_contenders(folder: Path, rounds: int, print_table: PrintTable) -> di
             seconds["minecube geomedian"] / floor_and_kernel_s, 3
         ),
     }
+
+
+def measure_decoding(folder: Path, print_table: PrintTable) -> dict[str, Any]:
+    """Measure the pixels decoded from tiles for each pixel of a window that is read.
+
+    GDAL decodes the same tiles for the same windows.
+    """
+    figures = {}
+    for name, run in (("", run_minecube), ("_unaligned", run_minecube_unaligned)):
+        with (
+            _count_pixels("_decode", np.size) as decoded,
+            _count_pixels("read", np.size) as used,
+        ):
+            run(str(folder), DATES)
+        figures[f"decoded_over_used{name}"] = round(sum(decoded) / sum(used), 3)
+    print_table(
+        "Pixels decoded for each pixel read",
+        format_table(("sites", "decoded / read"), [list(pair) for pair in figures.items()]),
+    )
+    return figures
+
+
+@contextmanager
+def _count_pixels(method: str, count: Callable[[Any], int]) -> Iterator[list[int]]:
+    """Collect a number for each result of a method of `TiledImage`."""
+    original = getattr(TiledImage, method)
+    counts: list[int] = []
+
+    def call(*args: Any) -> Any:
+        result = original(*args)
+        counts.append(count(result))
+        return result
+
+    with mock.patch.object(TiledImage, method, call):
+        yield counts
 
 
 def measure_bytes_read(folder: Path, print_table: PrintTable) -> dict[str, Any]:
