@@ -74,15 +74,17 @@ def test_a_ledger_goes_on_where_it_was(tmp_path):
         requests=5,
         retried=1,
         bytes=100,
+        struck=3,
         seconds=0.5,
         reason="why",
     )
     second = Ledger(before=first.to_parquet())
-    second.add("a", "B04", planned=1, read=1, requests=2, bytes=10, seconds=0.25)
+    second.add("a", "B04", planned=1, read=1, requests=2, bytes=10, struck=2, seconds=0.25)
     second.add("b", "SCL", planned=1, read=1)
     table = second.table().set_index(["scene", "band"])
     assert table.loc[("a", "B04")].to_dict() == {
-        "planned": 3, "read": 2, "lost": 1, "requests": 7, "retried": 1, "bytes": 110, "seconds": 0.75, "reason": "why"
+        "planned": 3, "read": 2, "lost": 1, "requests": 7, "retried": 1, "bytes": 110, "struck": 5,
+        "seconds": 0.75, "reason": "why"
     }  # fmt: skip
     assert second.totals()["completeness"] == 0.75
     assert second.lost() == ["a B04: why"]

@@ -83,6 +83,7 @@ class Asset:
             requests=tally.requests,
             retried=tally.retried,
             bytes=tally.bytes,
+            struck=tally.wrapped,
             seconds=time.perf_counter() - began,
         )
 

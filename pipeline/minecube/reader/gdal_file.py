@@ -244,6 +244,7 @@ class GdalImage:
         self.transform = image.transform
         self.height, self.width = image.shape
         self.block = image.block_shapes[0]
+        self.wrapped = 0
         self._image = image
         self._tally = tally
 
@@ -259,9 +260,9 @@ class GdalImage:
         window = Window(columns.start, rows.start, len(columns), len(rows))
         self._count_stored(rows, columns)
         pixels: UInt16 = self._image.read(1, window=window).astype(np.uint16, copy=False)
-        clear_invalid(pixels, self._image.nodata)
         if MaskFlags.per_dataset in self._image.mask_flag_enums[0]:
             pixels[self._image.read_masks(1, window=window) == 0] = 0
+        self.wrapped += clear_invalid(pixels, self._image.nodata)
         if self._tally.error:  # GDAL got zeros instead of missing bytes
             raise RequestError(str(self._tally.error)) from self._tally.error
         if out is None:

@@ -39,6 +39,8 @@ class Image(Protocol):
     width: int
     block: tuple[int, int]
     """Height and width of a tile."""
+    wrapped: int
+    """Number of pixels read as invalid because their number is above 32767."""
 
     def read(self, rows: range, columns: range, out: UInt16 | None = None) -> UInt16:
         """Read a window within the image: uint16 [y, x], 0 at invalid pixels."""

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import io
 import threading
+from typing import Any
 
 import pandas as pd
 
 from minecube.catalog import SCL
 
-COUNTS = ("planned", "read", "lost", "requests", "retried", "bytes", "seconds")
+COUNTS = ("planned", "read", "lost", "requests", "retried", "bytes", "struck", "seconds")
 """One read is one asset's window. requests: sent to the network (0 for local files). retried:
-repeated requests. bytes: of the answers, or of the local file's compressed tiles. seconds: from
-the first request to the pixels, waiting included."""
+repeated requests. bytes: of the answers, or of the local file's compressed tiles. struck: file
+pixels left out by a check: numbers above 32767, and in SCL pixels of edge strips. A pixel in
+several windows counts several times. seconds: from the first request to the pixels, waiting
+included."""
 _KEY = ["scene", "band"]
 
 
@@ -45,7 +48,7 @@ class Ledger:
     def _load(self, parquet: bytes) -> None:
         for row in pd.read_parquet(io.BytesIO(parquet)).to_dict("records"):
             key = (row["scene"], row["band"])
-            self._counts[key] = {name: row[name] for name in COUNTS}
+            self._counts[key] = {name: row.get(name, 0) for name in COUNTS}
             if row["reason"]:
                 self._reasons[key] = row["reason"]
 
@@ -96,6 +99,15 @@ class Ledger:
                 for (scene, band), reason in sorted(self._reasons.items())
             ]
 
+    def list_struck(self) -> list[dict[str, Any]]:
+        """Return scene, band and number of the pixels left out by a check, as plain JSON."""
+        with self._lock:
+            return [
+                {"scene": scene, "band": band, "pixels": int(row["struck"])}
+                for (scene, band), row in sorted(self._counts.items())
+                if row["struck"]
+            ]
+
     def table(self) -> pd.DataFrame:
         """Return one row per scene and band: `COUNTS`, and the reason of a lost read."""
         with self._lock:
@@ -124,6 +136,6 @@ class _RepeatedLedger(Ledger):
         self._ledger = ledger
 
     def add(self, scene: str, band: str, *, reason: str = "", **counts: float) -> None:
-        # A repeated read lost now no longer counts as read.
-        changes = {"planned": 0, "read": -counts.get("lost", 0)}
+        # A repeated read lost now no longer counts as read. Struck pixels are counted already.
+        changes = {"planned": 0, "read": -counts.get("lost", 0), "struck": 0}
         self._ledger.add(scene, band, reason=reason, **{**counts, **changes})

@@ -92,19 +92,23 @@ def read_file(
     invalid. Overviews are not read. Files in the grid's zone with pixels nested in the grid are
     read without resampling.
 
-    `tally` counts requests and bytes. The pixels are put into `out` if given, which avoids a copy.
+    `tally` counts requests, bytes and numbers above 32767. The pixels are put into `out` if given, which avoids a copy.
 
     Raises:
         ReadError: The href must not be read. The file is missing, truncated, no GeoTIFF or JPEG
             2000, or larger than a Sentinel-2 tile. It has several bands, or is not of unsigned
             integers up to 16 bits.
     """
-    with _open_placed(file, tally or Tally()) as image:
+    tally = tally or Tally()
+    with _open_placed(file, tally) as image:
         nesting = nesting_of(image, grid)
         if nesting:
-            return read_nested(image, grid, nesting, out)
-        with rasterio.Env(**images.SETTINGS):
-            return copy_to(warp(image, grid, resampling), out)
+            pixels = read_nested(image, grid, nesting, out)
+        else:
+            with rasterio.Env(**images.SETTINGS):
+                pixels = copy_to(warp(image, grid, resampling), out)
+        tally.wrapped = image.wrapped
+        return pixels
 
 
 def find_tiles(file: File, grid: GeoBox, tally: Tally) -> tuple[TileEdges, TileEdges] | None:
@@ -139,6 +143,13 @@ def _open_placed(file: File, tally: Tally) -> Iterator[Image]:
         ) from error
     except _READ_ERRORS as error:
         raise _make_error(file.href, error, tally) from error
+
+
+def _read_onto(image: Image, grid: GeoBox, resampling: Resampling, out: UInt16 | None) -> UInt16:
+    nesting = nesting_of(image, grid)
+    if nesting:
+        return read_nested(image, grid, nesting, out)
+    return copy_to(warp(image, grid, resampling), out)
 
 
 def _need_place(image: Image, name: str) -> None:

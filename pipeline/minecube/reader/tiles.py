@@ -35,7 +35,9 @@ _GAP_BYTES = 4096
 """Longest gap between tiles of one request. The tiles of COGs have gaps of 8 bytes."""
 _REQUEST_BYTES = 2**24
 """Most bytes of one request for several tiles. A longer one could not end in time on a slow line."""
-_MOST_DN = 32767  # higher numbers are defects and fill values: no ground or cloud is brighter
+_MOST_DN = 32767
+"""Higher numbers are no reflectance: no ground or cloud is brighter. Numbers near 65535 are negative
+reflectance wrapped by uint16. Products call 65535 itself SATURATED (MTD_MSIL2A.xml)."""
 
 
 class DamagedTileError(Exception):
@@ -50,6 +52,7 @@ class TiledImage:
         self.transform = header.transform
         self.height, self.width = header.shape
         self.block = header.block
+        self.wrapped = 0
         self._header = header
         self._fetch = fetch
 
@@ -76,7 +79,7 @@ class TiledImage:
             if self._header.is_delta:
                 tile = imagecodecs.delta_decode(tile, axis=-1, out=tile)
             target[:] = tile[:, tile_columns]
-            clear_invalid(target, self._header.nodata)
+            self.wrapped += clear_invalid(target, self._header.nodata)
         return out
 
     def _fetch_tiles(
@@ -152,9 +155,12 @@ def _overlap(window: range, number: int, length: int) -> tuple[slice, slice]:
     return slice(first - start, stop - start), slice(first - window.start, stop - window.start)
 
 
-def clear_invalid(pixels: UInt16, nodata: float | None) -> None:
-    """Set nodata and numbers out of range to 0, in place."""
+def clear_invalid(pixels: UInt16, nodata: float | None) -> int:
+    """Set nodata and numbers out of range to 0, in place; return the count of the latter."""
     if nodata:
         pixels[pixels == nodata] = 0
-    if pixels.max() > _MOST_DN:
-        pixels[pixels > _MOST_DN] = 0
+    if pixels.max() <= _MOST_DN:
+        return 0
+    wrapped = pixels > _MOST_DN
+    pixels[wrapped] = 0
+    return int(np.count_nonzero(wrapped))

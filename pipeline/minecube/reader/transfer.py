@@ -12,6 +12,8 @@ class Tally:
     requests: int = 0
     retried: int = 0
     bytes: int = 0
+    wrapped: int = 0
+    """Pixels read as invalid because their number is above 32767."""
     error: Exception | None = None
     """Reason for missing or false bytes given to GDAL. The caller of GDAL must check it."""
 
