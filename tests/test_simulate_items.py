@@ -186,6 +186,7 @@ def test_styles_take_turns_when_each_site_has_one(tmp_path: Path) -> None:
         "truth.zarr",
         "truth_footprints.parquet",
         "truth_offsets.parquet",
+        "truth_values.parquet",
     ]
     for style, of in (("cdse", (0, 2)), ("earth-search", (1,))):
         areas = [shape(i["geometry"]).centroid for i in items(tmp_path / "out", style)]

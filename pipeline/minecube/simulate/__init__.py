@@ -3,6 +3,7 @@
     land (spectra, mine)  ground cover per year and its reflectance per day
     passes                overpass dates, and the tiles of each scene
     sky, observe          cloud, haze, shadow, snow, noise, and the scene classification
+    faults                faults in the values of single bands
     granules, items       tiles and halves of datatakes in each provider's listing
     archive               COGs, STAC items, stac-geoparquet
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from minecube.errors import CatalogError
 from minecube.files import replacing
 from minecube.grid import grid_of, pad
 from minecube.simulate.archive import write_index, write_item, write_sources
+from minecube.simulate.faults import draw_fault
 from minecube.simulate.granules import Granule, cut_granules
 from minecube.simulate.items import STYLES, Item, Product, list_products, misflag
 from minecube.simulate.land import Land, draw_ground, draw_land
@@ -86,6 +88,8 @@ class World:
     """
     shifts: bool = False
     """Displace scenes by metres, as in real archives, more strongly before 2021-03-30."""
+    value_faults: float = 0.0
+    """Share of granules with a fault in one band's values (`faults.KINDS`)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -104,6 +108,7 @@ class World:
         )
         _need(len(set(self.styles)) == len(self.styles), "every style once", self.styles)
         _need(0 <= self.wrong_flags <= 1, "wrong_flags as a share, 0..1", self.wrong_flags)
+        _need(0 <= self.value_faults <= 1, "value_faults as a share, 0..1", self.value_faults)
         _need(self.seed >= 0, "a seed of at least 0", self.seed)
         for year in self.years:
             possible = count_possible_dates(year)
@@ -141,6 +146,7 @@ def simulate_archive(
         truth_footprints.parquet  the outlines behind `footprint`, EPSG:4326: site, year, geometry
         truth_offsets.parquet     the offset in the pixels of each item, added to reflectance x
                                   10000: style, id, carried, misflagged
+        truth_values.parquet      items with a fault in one band's values: style, id, fault, band
 
     `out` appears only when it is complete.
 
@@ -180,6 +186,7 @@ def _simulate_all(
     items: dict[str, list[Item]] = {}
     outlines = []
     offsets = []
+    faults = []
     tile_names: set[str] = set()
     sources = load_sources()
     for site, own_style in zip(sites, itertools.cycle(world.styles)):
@@ -193,6 +200,9 @@ def _simulate_all(
                     items.setdefault(style, []).append(item)
                     misflagged = product.flag is not None
                     offsets.append((style, item["id"], product.offset, misflagged))
+                    if product.fault is not None:
+                        fault = product.fault
+                        faults.append((style, item["id"], fault.kind, fault.band))
             outlines.append(_outline_mine(place, year))
             progress(f"{site.id} {year}")
     for style, style_items in items.items():
@@ -201,6 +211,9 @@ def _simulate_all(
     pd.concat(outlines, ignore_index=True).to_parquet(out / "truth_footprints.parquet")
     pd.DataFrame(offsets, columns=["style", "id", "carried", "misflagged"]).to_parquet(
         out / "truth_offsets.parquet"
+    )
+    pd.DataFrame(faults, columns=["style", "id", "fault", "band"]).to_parquet(
+        out / "truth_values.parquet"
     )
 
 
@@ -266,7 +279,7 @@ def _simulate_year(
                 (source.id, product, writers.submit(write_item, out, source, granule, product))
                 for granule in pieces
                 for source in place.sources
-                for product in _listed_products(place, source, granule, world.wrong_flags)
+                for product in _listed_products(place, source, granule, world)
             ]
         for style, product, item in writing:
             items[style].append((item.result(), product))
@@ -290,16 +303,19 @@ def _simulate_overpasses(place: _Place, year: int, world: World) -> list[Overpas
 
 
 def _listed_products(
-    place: _Place, source: Source, granule: Granule, wrong_flags: float
+    place: _Place, source: Source, granule: Granule, world: World
 ) -> list[Product]:
-    """Return a provider's processings of a granule, some with a wrong flag."""
+    """Return a provider's processings of a granule, some with a wrong flag or a faulty band."""
     listed = []
+    rng = place.draw("values", granule.overpass.day, granule.tile.name, granule.part)
+    fault = draw_fault(rng) if rng.random() < world.value_faults else None
     for product in list_products(source.id, granule):
+        product = replace(product, fault=fault)
         flagged = source.offset.applied_flag and product.baseline >= source.offset.from_baseline
         rng = place.draw(
             "flag", granule.overpass.day, granule.tile.name, granule.part, product.baseline
         )
-        if flagged and rng.random() < wrong_flags:
+        if flagged and rng.random() < world.wrong_flags:
             listed.append(misflag(product, rng))
         else:
             listed.append(product)

@@ -22,6 +22,7 @@ from rasterio.io import MemoryFile
 from minecube.arrays import AnyArray, Bool, Int16, UInt8, UInt16
 from minecube.catalog import SCL, Source
 from minecube.grid import coarsen
+from minecube.simulate.faults import damage_band
 from minecube.simulate.granules import Granule
 from minecube.simulate.items import Item, Product, make_item
 from minecube.simulate.passes import epsg_of
@@ -36,7 +37,10 @@ def write_item(out: Path, source: Source, granule: Granule, product: Product) ->
     folder.mkdir(parents=True)
     for band, name in files.items():
         grid = coarsen(granule.tile.box, granule.layout(band)[0])
-        _write_cog(folder / name, _add_offset(granule, product, band), grid)
+        pixels = _add_offset(granule, product, band)
+        if product.fault is not None and product.fault.band == band:
+            pixels = damage_band(pixels.astype(np.uint16), product.fault.kind, granule.scl)
+        _write_cog(folder / name, pixels, grid)
     (folder / "item.json").write_text(json.dumps(item, indent=1), encoding="utf-8")
     assets = {}
     for key, asset in item["assets"].items():

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from minecube.catalog import BANDS, SCL
+from minecube.simulate.faults import BandFault
 from minecube.simulate.granules import Granule
 from minecube.simulate.passes import OFFSET_DAY, epsg_of
 
@@ -70,6 +71,8 @@ class Product:
     """Pixels of the old processing: biased and misregistered."""
     flag: bool | None = None
     """Earth Search's flag for a removed offset; None if the flag is correct."""
+    fault: BandFault | None = None
+    """Fault of a band's values."""
 
 
 def list_products(style: str, granule: Granule) -> list[Product]:
