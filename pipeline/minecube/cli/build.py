@@ -23,6 +23,7 @@ from minecube.cli.parameters import FiniteRange
 from minecube.cli.plan import plan_with_bar, print_plan
 from minecube.cli.scene_options import JobOptions, job_options
 from minecube.composite.plan import Estimate
+from minecube.composite.values import describe_action
 from minecube.errors import CatalogError
 from minecube.grid import grid_of
 from minecube.jobs.build import Outcome, build_cubes, load_geomedian
@@ -211,11 +212,15 @@ def _sum_reads(totals: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _print_messages(outcomes: Sequence[Outcome]) -> None:
-    """Print copies of scenes, and the reasons of failures."""
+    """Print copies of scenes, faults in values, and the reasons of failures."""
     for outcome in outcomes:
         site_year = f"{outcome.site} {outcome.year}"
         for scene, reason in outcome.copies.items():
             click.echo(f"{site_year}: {scene}: {reason}")
+        for fault in outcome.value_faults:
+            click.echo(f"{site_year}: {fault} ({describe_action(fault)})")
+        if struck := int(outcome.reads.get("struck", 0)):
+            click.echo(f"{site_year}: {struck} pixels left out (numbers above 32767, edge strips)")
         if outcome.message and outcome.state == "kept":
             click.echo(f"{site_year}: {outcome.message}", err=True)
         elif outcome.message:

@@ -11,6 +11,7 @@ warped ones.
 
     plan.py             estimate of reads, time and cost
     registration.py     scenes displaced from the others
+    values.py           scenes with values that cannot be trusted
     task.py             what a block is made from
     needs.py            scenes, margins and memory of a block
     block.py            a block from its scenes, in order of work
@@ -56,6 +57,7 @@ def composite(
     year: int | None = None,
     geomedian: GeomedianFunction = numpy_geomedian,
     block_bytes: int = BLOCK_BYTES,
+    check_values: bool = False,
 ) -> xr.Dataset:
     """Composite one year of one site, lazily.
 
@@ -71,6 +73,7 @@ def composite(
         geomedian: The geomedian for recipes that use it, by default numpy's.
         block_bytes: Memory limit of a block. A block above it is made in parts, with the same
             pixels.
+        check_values: Whether to check the values of each scene (`values`).
 
     Returns:
         `reflectance` uint16 [band, y, x], x 10000, 0 = no observation, valid >= 1. Halves are
@@ -87,6 +90,7 @@ def composite(
             without `year`. The recipe has a reducer or a second cloud mask that has been removed.
             Band pixels are neither 10 nor 20 m, or too coarse for the haze test. When computed: A
             pixel cannot be read.
+        UntrustedValuesError: When computed, with `check_values`: A scene has faults in its values.
     """
     _check_scenes(scenes, recipe)
     _check_recipe(recipe)
@@ -102,7 +106,8 @@ def composite(
     for _, row in row_of_blocks:
         boxes = [grid[block] for block in row]
         composites = [
-            task(shared_scenes, box, recipe, year, geomedian, ledger, block_bytes) for box in boxes
+            task(shared_scenes, box, recipe, year, geomedian, ledger, block_bytes, check_values)
+            for box in boxes
         ]
         for name, dtype in dtypes.items():
             lead = (len(recipe.bands),) if name == "reflectance" else ()

@@ -17,6 +17,7 @@ from odc.geo.geobox import GeoBox
 from minecube.arrays import AnyArray, Bool, Int32, UInt8, UInt16
 from minecube.composite.masks import crop
 from minecube.composite.needs import LEAST_CUT_PX, MASK_M, count_ahead, pixel_size_of
+from minecube.composite.values import Samples
 from minecube.grid import PIXEL_M, coarsen
 from minecube.reader import Ledger, find_tile_rows, start_read
 
@@ -82,11 +83,18 @@ class Bands:
     The caller must then redo the block.
 
     `use` marks the observations to read, bool [day, y, x] at 20 m. Days without any are left out of
-    all results. `box` is the area to read, at 10 m.
+    all results. `box` is the area to read, at 10 m. `samples` collects pixels to check. Its block
+    begins `fringe` pixels of 20 m inside the box.
     """
 
     def __init__(
-        self, observations: Observations, use: Bool, box: GeoBox, ledger: Ledger | None
+        self,
+        observations: Observations,
+        use: Bool,
+        box: GeoBox,
+        ledger: Ledger | None,
+        samples: Samples | None = None,
+        fringe: int = 0,
     ) -> None:
         self.days = np.flatnonzero(use.any(axis=(1, 2)))
         """Indices of the used days among all days."""
@@ -94,6 +102,8 @@ class Bands:
         self._observations = observations
         self._box = box
         self._ledger = ledger
+        self._samples = samples
+        self._fringe = fringe
         index = {int(day): n for n, day in enumerate(self.days)}
         self._day_of = [index.get(day, -1) for day in observations.day_of]
         self._reading: deque[_StripReads] = deque()
@@ -135,6 +145,9 @@ class Bands:
             scene, window, read = reads.popleft()  # removed, to free its memory
             pixels = read.result()
             day = self._day_of[scene]
+            if self._samples is not None:
+                corner = window[0].start - self._fringe, window[1].start - self._fringe
+                self._samples.add(scene, strip.band, corner, pixels, size)
             if not pixels.min():
                 self._note_gaps(scene, window, pixels, size)
             if self._is_alone(scene):

@@ -47,6 +47,7 @@ from minecube.composite.needs import (
     scenes_near,
 )
 from minecube.composite.task import BlockTask, GeomedianFunction
+from minecube.composite.values import Samples, UntrustedValuesError
 from minecube.grid import PIXEL_M, pad
 from minecube.reader import Ledger
 
@@ -67,11 +68,15 @@ def composite_block(
     geomedian: GeomedianFunction,
     ledger: Ledger | None = None,
     block_bytes: int = BLOCK_BYTES,
+    check_values: bool = False,
 ) -> Layers:
     """Composite one block: `reflectance` uint16 [band, y, x], and the recipe's layers [y, x].
 
     Scenes must be in the order of `sort_in_mosaic_order`. A block that needs more than
     `block_bytes` of memory is made in parts, of `_SMALLEST_ROWS` rows or more.
+
+    Raises:
+        UntrustedValuesError: With `check_values`, a scene has faults in its values.
     """
     _, mask_margin_m = compute_margins(recipe)
     scenes = scenes_near(scenes, pad(box, mask_margin_m))
@@ -82,13 +87,21 @@ def composite_block(
         # another UTM zone would differ by a rounding step between windows of other columns.
         middle = box.shape[0] // 2 // 8 * 8
         parts = [
-            composite_block(scenes, half, recipe, year, geomedian, ledger, block_bytes)
+            composite_block(
+                scenes, half, recipe, year, geomedian, ledger, block_bytes, check_values
+            )
             for half in (box[:middle], box[middle:])
         ]
         return {name: np.concatenate([part[name] for part in parts], axis=-2) for name in parts[0]}
     block = _Block.from_task(
         BlockTask(
-            scenes=scenes, box=box, recipe=recipe, year=year, geomedian=geomedian, ledger=ledger
+            scenes=scenes,
+            box=box,
+            recipe=recipe,
+            year=year,
+            geomedian=geomedian,
+            ledger=ledger,
+            check_values=check_values,
         )
     )
     while (layers := block.composite()) is None:
@@ -158,13 +171,14 @@ class _Block:
         names = bands_with_fringe(self.recipe)
         fringe_names = [band for band in self.recipe.bands if band in names]
         box = pad(self.task.box, self.fringe_m)
-        fringe_reads = Bands(self.observations, use, box, self.task.ledger)
-        bands = Bands(
-            self.observations.crop(self.fringe_m // MASK_M),
-            self.crop(use),
-            self.task.box,
-            self.task.ledger,
-        )
+        fringe = self.fringe_m // MASK_M
+        inner = self.observations.crop(fringe)
+        samples = None
+        # Gaps struck in an earlier pass are no edges of the coverage.
+        if self.task.check_values and not self.observations.reads:
+            samples = Samples(inner.scenes, inner.day_of, inner.owner, self.crop(use))
+        fringe_reads = Bands(self.observations, use, box, self.task.ledger, samples, fringe)
+        bands = Bands(inner, self.crop(use), self.task.box, self.task.ledger, samples)
         try:
             fringe_reads.read(fringe_names)
             bands.read(
@@ -175,6 +189,8 @@ class _Block:
             quality, excess = self._remove_haze(pixels, fringe_reads, bands, quality)
             self._count_clear(bands.use, self.crop(quality), layers)
             self._reduce(_FringeBands(fringe_reads, pixels, excess), bands, layers)
+            if samples is not None and (faults := samples.find_faults()):
+                raise UntrustedValuesError(faults)
         finally:
             fringe_reads.cancel()
             bands.cancel()

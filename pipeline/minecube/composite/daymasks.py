@@ -15,6 +15,7 @@ from minecube.composite import masks
 from minecube.composite.masks import CLEAR, crop
 from minecube.composite.needs import MASK_M, compute_margins, index_overpasses
 from minecube.composite.task import BlockTask
+from minecube.composite.values import EDGE_PX
 from minecube.grid import coarsen, pad
 from minecube.reader import Ledger, start_read
 
@@ -103,6 +104,15 @@ class DayMasks:
                 distance[n] = crop(masks.measure_cloud_distance(whole, limit_m), self._edge)
         return Masks(owner, kind, distance)
 
+    def _cut_edges(self, item: pystac.Item, scl: UInt8, ledger: Ledger | None) -> UInt8:
+        """Remove the strip along the edges of a scene's coverage, and count its pixels."""
+        cut = masks.cut_edges(scl, item.properties[EDGE_PX])
+        if ledger:
+            margin_px = compute_margins(self._task.recipe)[1] // MASK_M
+            struck = int(np.count_nonzero(crop(scl != cut, margin_px)))
+            ledger.add(item.id, SCL, struck=struck)
+        return cut
+
     def _read_classes(self, scenes: Sequence[int], ledger: Ledger | None) -> Iterator[UInt8]:
         """Yield the classes of each of these scenes, uint8 [y, x] at 20 m."""
         box = coarsen(self._box, MASK_M)
@@ -111,7 +121,10 @@ class DayMasks:
         try:
             for item in items:
                 scl = reads.popleft().result().astype(np.uint8)
-                yield masks.correct_classes(scl, item.properties.get(SCL_IS))
+                scl = masks.correct_classes(scl, item.properties.get(SCL_IS))
+                if EDGE_PX in item.properties:
+                    scl = self._cut_edges(item, scl, ledger)
+                yield scl
         finally:
             for read in reads:
                 read.cancel()

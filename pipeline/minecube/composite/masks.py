@@ -86,6 +86,13 @@ def correct_classes(scl: UInt8, error: str | None) -> UInt8:
     return scl
 
 
+def cut_edges(scl: UInt8, depth_px: int) -> UInt8:
+    """Set the outermost pixels of a scene's coverage, uint8 [y, x], to 0."""
+    for _ in range(depth_px):
+        scl = np.where(_erode_coverage(scl), scl, np.uint8(_NODATA))
+    return scl
+
+
 def classify_day(
     layer: UInt8, bright: Bool | None, recipe: Recipe, month: int, season: int
 ) -> UInt8:

@@ -31,3 +31,5 @@ class BlockTask:
     geomedian: GeomedianFunction
     ledger: Ledger | None
     """Counts the reads."""
+    check_values: bool = False
+    """Whether to raise UntrustedValuesError for scenes with faults in their values."""

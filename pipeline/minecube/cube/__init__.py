@@ -45,6 +45,7 @@ from minecube.cube.markers import (
     read_markers,
 )
 from minecube.cube.provenance import (
+    VALUE_FAULTS,
     describe_build,
     hash_build,
     hash_inputs,
@@ -68,6 +69,7 @@ from minecube.cube.write.years import finish_commit, withdraw_years, write_year
 
 __all__ = [
     "UNFINISHED",
+    "VALUE_FAULTS",
     "VIEWS",
     "BuildOptions",
     "CubeDataset",

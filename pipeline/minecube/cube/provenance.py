@@ -17,6 +17,8 @@ LEFT_OUT = "left_out"
 COPY_OF = "copy_of"
 """Attribute of a copy in a provenance, read in place of a scene with missing files: that scene's
 id."""
+VALUE_FAULTS = "value_faults"
+"""Entry of a provenance with faults in the values of scenes, if there are any."""
 _LIBRARIES = ("minecube", "numpy", "dask", "rasterio", "stackstac", "zarr")
 _DECISIONS = ("on_offset_conflict", "offset_conflicts", "scl_errors", "shifts")
 """Entries of a provenance with decisions on doubtful scenes."""
@@ -101,6 +103,8 @@ def hash_inputs(
 def hash_run(provenance: Mapping[str, Any]) -> str:
     """Hash the common inputs of a year's blocks: the build, and decisions on doubtful scenes."""
     decisions: list[Any] = [provenance.get(name) for name in _DECISIONS]
+    if VALUE_FAULTS in provenance:
+        decisions.append(provenance[VALUE_FAULTS])
     copies = [scene for scene in provenance["scenes"] if COPY_OF in scene]
     decisions += [[scene["id"], scene["source"]] for scene in copies]
     return sha256_of_json([hash_build(provenance), decisions])[:16]

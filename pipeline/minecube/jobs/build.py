@@ -24,6 +24,7 @@ from minecube.composite import (
     plan,
     reducers,
     registration,
+    values,
 )
 from minecube.errors import (
     CatalogError,
@@ -101,6 +102,8 @@ class Outcome:
     """Actual reads, as in `Ledger.totals`; empty without reads."""
     looks: Mapping[str, float] = field(default_factory=dict)
     """The same for the reads to check offsets and registration."""
+    value_faults: tuple[values.Fault, ...] = ()
+    """Faults in the values of scenes."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """Id of a scene with missing files -> the missing file, and the copy read instead."""
     seconds: float = 0.0
@@ -292,13 +295,18 @@ def _build_or_keep(task: _SiteYear) -> Outcome:
     )
     if copies.possible and cube.has_unfinished_build(job.store, task.site.id, task.year):
         copies.take(candidates)  # as in the interrupted run, to resume it
+    faults: list[values.Fault] = []
     while True:
         notes = json.loads(json.dumps(provenance))  # each try adds its own notes
         cube.note_copies(notes, copies.copies, copies.reasons)
         try:
             outcome = _composite_year(
-                task, copies.replace_in(candidates), notes, copied=copies.possible
+                task, copies.replace_in(candidates), notes, faults, copied=copies.possible
             )
+        except values.UntrustedValuesError as error:
+            for fault in error.faults:
+                log.warning("%s (%s)", fault, values.describe_action(fault))
+            faults = values.merge_faults(faults, error.faults)
         except UnusableFileError as error:
             if not copies.possible or not (copies.take(candidates, error) or job.lossy):
                 raise
@@ -321,25 +329,35 @@ def _warn_of_early_list(job: BuildJob, site: Site, year: int) -> None:
 
 
 def _composite_year(
-    task: _SiteYear, candidates: Sequence[pystac.Item], notes: dict[str, Any], *, copied: bool
+    task: _SiteYear,
+    candidates: Sequence[pystac.Item],
+    notes: dict[str, Any],
+    faults: Sequence[values.Fault],
+    *,
+    copied: bool,
 ) -> Outcome:
     """Check, read and write a site-year. Results of the checks are added to the provenance `notes`.
 
-    With `copied`, a missing file raises UnusableFileError, to try a copy.
+    `faults` are those found in values so far. Further ones raise UntrustedValuesError. With
+    `copied`, a missing file raises UnusableFileError, to try a copy.
     """
     start = time.monotonic()
     job = task.job
     looks = Ledger(lossy=job.lossy, copied=copied)
-    usable, checks = _check_scenes(task, candidates, looks, notes)
+    usable, checks = _check_scenes(task, candidates, looks, notes, faults)
     notes["days"] = len(scenes.list_solar_days(usable))
     planned = plan.estimate(candidates, task.grid, job.recipe)
     resumed = cube.read_initial_counts(job.store, notes)
     ledger = Ledger(lossy=job.lossy, before=resumed, copied=copied)
 
-    def note_time() -> dict[str, Any]:
-        if resumed:
-            return {}
-        return {"took": plan.describe_duration(planned, (time.monotonic() - start) / job.at_once)}
+    def note_end() -> dict[str, Any]:
+        notes_at_end: dict[str, Any] = {}
+        if struck := ledger.list_struck():
+            notes_at_end["struck"] = struck
+        if not resumed:
+            seconds = (time.monotonic() - start) / job.at_once
+            notes_at_end["took"] = plan.describe_duration(planned, seconds)
+        return notes_at_end
 
     options = cube.BuildOptions(
         reads=ledger,
@@ -349,7 +367,7 @@ def _composite_year(
         scheduler="threads",  # even in a cluster task: a task must not wait for its own subtasks
         workers=task.workers,
         stopped=task.stopped,
-        finished=note_time,
+        finished=note_end,
     )
     annual = composite(
         usable,
@@ -359,6 +377,7 @@ def _composite_year(
         year=task.year,
         geomedian=job.geomedian,
         block_bytes=_limit_block(planned, job.block_fraction),
+        check_values=True,
     )
     is_new = cube.write_year(
         job.store,
@@ -377,6 +396,7 @@ def _composite_year(
         planned=planned,
         reads=ledger.totals(),
         looks=looks.totals(),
+        value_faults=tuple(faults),
     )
 
 
@@ -391,9 +411,15 @@ def _limit_block(planned: plan.Estimate, fraction: float) -> int:
 
 
 def _check_scenes(
-    task: _SiteYear, candidates: Sequence[pystac.Item], looks: Ledger, notes: dict[str, Any]
+    task: _SiteYear,
+    candidates: Sequence[pystac.Item],
+    looks: Ledger,
+    notes: dict[str, Any],
+    faults: Sequence[values.Fault],
 ) -> tuple[list[pystac.Item], list[offsets.OffsetCheck]]:
     """Check offsets, haze and positions of scenes, and add the results to the provenance.
+
+    `faults` in values were found before. Their scenes are left out, or lose a strip.
 
     Returns the usable scenes, and the checks of all offsets.
 
@@ -417,6 +443,11 @@ def _check_scenes(
         dropped |= dict.fromkeys(_ids_missing(usable, registered), "registration")
         usable = registered
         notes["shifts"] = registration.as_rows(shifts)
+    trusted = values.apply_faults(usable, faults)
+    dropped |= dict.fromkeys(_ids_missing(usable, trusted), "values")
+    usable = trusted
+    if faults:
+        notes[cube.VALUE_FAULTS] = [fault.as_row() for fault in faults]
     cube.leave_out(notes, dropped)
     if dropped:
         scenes.need_dates(usable, job.recipe, task.year)
