@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import click
+import pandas as pd
 
 from minecube.cli.bars import progress_bar
 from minecube.cli.options import SiteOptions, catalog_sites_options, collect_options, years_option
 from minecube.cli.parameters import OutFolder
 from minecube.cli.scene_options import SceneOptions, scene_options
+from minecube.jobs import pixel_audit
 from minecube.jobs.audit import Audit, Unanswered, audit_scenes, save_audit
 from minecube.jobs.tables import format_table
 from minecube.places import Place, outgoing
@@ -33,12 +35,22 @@ _HEADINGS = {"gap_days": "gap", "cloud": "cloud %"}
     show_default=True,
     help="Folder for audit.parquet (by month), audit.csv (by year) and audit.png.",
 )
+@click.option(
+    "--pixels",
+    is_flag=True,
+    help="Also read the usable scenes, about as many bytes as a build, and count those with faults. "
+    "wrapped: numbers above 32767. stuck: a constant or saturated band. displaced: a band that lies "
+    "elsewhere than the others. strip: low values along the swath's edge. offset: an offset that "
+    "contradicts its pixels. moved: a displaced scene.",
+)
 @collect_options
-def audit(sites: SiteOptions, years: tuple[int, ...], scenes: SceneOptions, out: Place) -> None:
+def audit(
+    sites: SiteOptions, years: tuple[int, ...], scenes: SceneOptions, out: Place, pixels: bool
+) -> None:
     """Compare the scenes that each source lists with the passes expected from the orbits.
 
-    Reads no pixels. Exits with 1 if a site-year has fewer usable dates than the recipe needs, or
-    if a source does not answer.
+    Reads no pixels without --pixels. Exits with 1 if a site-year has fewer usable dates than the
+    recipe needs, or if a source does not answer. Faults in pixels do not change the exit status.
 
     \b
     Example:
@@ -47,15 +59,16 @@ def audit(sites: SiteOptions, years: tuple[int, ...], scenes: SceneOptions, out:
     loaded = sites.load()
     sources = scenes.sources()
     recipe = scenes.recipe()
-    with progress_bar("auditing", len(loaded) * len(years) * len(sources), "searches") as bar:
-        result = audit_scenes(loaded, years, sources, recipe, bar.advance)
+    steps = len(loaded) * len(years) * len(sources) * (1 + pixels)
+    with progress_bar("auditing", steps, "steps" if pixels else "searches") as bar:
+        result = audit_scenes(loaded, years, sources, recipe, bar.advance, pixels=pixels)
     _print_unanswered(result.failed_searches)
     if not result.by_year.empty:
         _print_years(result)
         with outgoing(out) as folder:
             save_audit(result, folder)
         click.echo(f"saved in {out}")
-    if len(result.too_few) or result.unanswered:
+    if len(result.too_few) or result.failed_searches:
         click.echo(
             f"of {result.requested} site-years, {len(result.too_few)} have too few usable dates "
             f"and {result.unanswered} could not be audited",
@@ -76,6 +89,14 @@ def _print_unanswered(failed: Iterable[Unanswered]) -> None:
         click.echo(f"error: {subject} not audited, {source}: {searches[0].reason}", err=True)
 
 
+def _print_pixel_faults(by_year: pd.DataFrame) -> None:
+    columns = ["site", "year", "source", *pixel_audit.COLUMNS]
+    text = by_year[columns].astype(object)
+    rows = text.where(text.notna(), "?").to_numpy().tolist()
+    click.echo("\nscenes with faults in their pixels")
+    click.echo(format_table(columns, rows))
+
+
 def _print_years(audit: Audit) -> None:
     """Print all years, and errors for site-years below the recipe's minimum."""
     cloud = audit.by_year["cloud"].map("{:.0f}".format, na_action="ignore").fillna("-")
@@ -87,6 +108,8 @@ def _print_years(audit: Audit) -> None:
         f"days, expected, missing and usable are dates of months {months}; "
         "gap is the most days in a row without a usable one"
     )
+    if pixel_audit.COLUMNS[0] in audit.by_year:
+        _print_pixel_faults(audit.by_year)
     for row in audit.too_few.itertuples():
         click.echo(
             f"error: {row.site} {row.year}: {row.usable} usable dates, "

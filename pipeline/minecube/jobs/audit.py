@@ -13,9 +13,10 @@ import pandas as pd
 
 from minecube import report, scenes
 from minecube.catalog import Recipe, Site, Source
-from minecube.errors import CubeError, SceneError
+from minecube.errors import CubeError, ReadError, SceneError
 from minecube.files import replacing
 from minecube.grid import grid_of
+from minecube.jobs import pixel_audit
 from minecube.jobs.scene_lists import LISTING_LAG, load_or_search, path_of_list
 from minecube.places import Place
 from minecube.scenes import coverage
@@ -68,17 +69,22 @@ def audit_scenes(
     sources: Sequence[Source],
     recipe: Recipe,
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    pixels: bool = False,
 ) -> Audit:
     """Search all site-years in all sources, and compare the scenes with the expected passes.
 
-    Reads no pixels. The recipe's months and needed dates judge a site-year. `progress` gets the
+    With `pixels`, also checks the pixels of the usable scenes, and adds `pixel_audit.COLUMNS` to the
+    table by year. Otherwise reads no pixels. The recipe's months and needed dates judge a site-year. `progress` gets the
     site-year and source of each search, and the reason of a failure.
 
     Raises:
         SceneError: a year is without Sentinel-2.
-        CatalogError: a site has no polygon.
+        CatalogError: a site has no polygon. With `pixels`, a source lacks a band or its keys.
     """
     scenes.check_years(years)
+    if pixels:
+        pixel_audit.check_sources(sources, recipe)
     for site in sites:
         grid_of(site)  # fail early for a site without polygon
     by_month: list[pd.DataFrame] = []
@@ -89,6 +95,10 @@ def audit_scenes(
         failed += failures
         if listings:
             months, totals = coverage.tabulate_coverage(listings, recipe, _last_listed_day())
+            if pixels:
+                counts, failures = _count_pixel_faults(site, listings, recipe, progress)
+                failed += failures
+                totals = totals.join(counts)
             by_month.append(months)
             by_year.append(totals)
     return Audit(
@@ -98,6 +108,40 @@ def audit_scenes(
         requested=len(sites) * len(years),
         failed_searches=tuple(failed),
     )
+
+
+def _count_pixel_faults(
+    site: Site,
+    listings: Sequence[coverage.Listing],
+    recipe: Recipe,
+    progress: Callable[[str], None],
+) -> tuple[pd.DataFrame, list[Unanswered]]:
+    """Count the faults in pixels, in the rows of `coverage.tabulate_coverage`.
+
+    Years with a lost read have no counts, and are in the list instead.
+    """
+    tables: list[pd.DataFrame] = []
+    failed: list[Unanswered] = []
+    for of_year in coverage.group_by_year(listings):
+        findings: dict[tuple[str, str], frozenset[str]] = {}
+        failures: list[Unanswered] = []
+        for listing in of_year:
+            if listing.source == coverage.ALL_SOURCES:
+                continue
+            note = f"{listing.site} {listing.year}, pixels of {listing.source}"
+            try:
+                findings |= pixel_audit.find_faults(site, listing, recipe)
+            except ReadError as error:
+                site_year = f"{listing.site} {listing.year}"
+                failures.append(Unanswered(site_year, listing.source, str(error)))
+                note += f", failed: {error}"
+            progress(note)
+        table = pixel_audit.count_faults(of_year, findings, recipe)
+        if failures:
+            table.loc[:] = pd.NA
+        tables.append(table)
+        failed += failures
+    return _concatenate(tables), failed
 
 
 def judge_lists(

@@ -139,16 +139,27 @@ def tabulate_coverage(
     pooled = [scene for listing in listings for scene in listing.result.scenes]
     months = []
     years = []
-    for year in sorted({listing.year for listing in listings}):
-        passes = derive_passes(pooled, year, until)
-        listings_of_year = [listing for listing in listings if listing.year == year]
-        if len(listings_of_year) > 1:
-            listings_of_year.append(_pool(listings_of_year))
+    for listings_of_year in group_by_year(listings):
+        passes = derive_passes(pooled, listings_of_year[0].year, until)
         for listing in listings_of_year:
             by_month = tabulate_months(listing, passes, recipe, until)
             months.append(by_month)
             years.append(tabulate_year(listing, by_month, recipe, until))
     return pd.concat(months, ignore_index=True), pd.concat(years, ignore_index=True)
+
+
+def group_by_year(listings: Sequence[Listing]) -> list[list[Listing]]:
+    """Group the listings of one site by year, in the order of `tabulate_coverage`.
+
+    A year with several listings ends with one of source `ALL_SOURCES`.
+    """
+    groups = []
+    for year in sorted({listing.year for listing in listings}):
+        listings_of_year = [listing for listing in listings if listing.year == year]
+        if len(listings_of_year) > 1:
+            listings_of_year.append(_pool(listings_of_year))
+        groups.append(listings_of_year)
+    return groups
 
 
 def _pool(listings: Sequence[Listing]) -> Listing:

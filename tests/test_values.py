@@ -1,0 +1,276 @@
+"""Values that cannot be trusted: found in simulated products whose faults are known, and in no others."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pytest
+import rasterio
+import yaml
+from scipy import ndimage
+
+from known_builds import run_here
+from known_scenes import grid_at, site_of
+from minecube import cube, scenes
+from minecube.catalog import SCL, load_recipes, load_sources
+from minecube.composite import composite, masks, values
+from minecube.composite.needs import index_overpasses, sort_in_mosaic_order
+from minecube.grid import coarsen, grid_of, pad
+from minecube.jobs import build as building
+from minecube.jobs import pixel_audit
+from minecube.jobs.scene_lists import load_or_save
+from minecube.reader import Ledger, start_read
+from minecube.simulate import World, simulate_archive
+from minecube.simulate.faults import STRIP_PX
+from minecube.simulate.noise import draw_fractal
+
+RECIPE = dataclasses.replace(load_recipes()["annual-median"], min_dates=1)
+EXPECTED = {
+    "constant": "stuck",
+    "saturated": "stuck",
+    "strip": "strip",
+    "displaced": "displaced",
+    "wrapped": None,
+}
+"""Fault of the simulation -> the fault to be found; numbers above 32767 are only counted."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A site of 256 x 240 px; a third of its granules of 2023 have a fault in one band."""
+    folder = tmp_path_factory.mktemp("world")
+    site = site_of("pit", 360000, 5600040, 256, 240)
+    world = World(years=(2023,), dates_per_year=22, styles=("cdse",), value_faults=0.5, seed=5)
+    simulate_archive([site], folder / "archive", world)
+    gpd.GeoDataFrame({"id": ["pit"], "margin": [0]}, geometry=[site.geometry], crs=4326).to_file(
+        folder / "sites.geojson"
+    )
+    return folder, site
+
+
+def truth_of(world):
+    table = pd.read_parquet(world[0] / "archive" / "truth_values.parquet")
+    return {row.id: (row.fault, row.band) for row in table.itertuples()}
+
+
+def source_of(world):
+    return load_sources(world[0] / "archive" / "sources.yaml")["sim-cdse"]
+
+
+@pytest.fixture(scope="module")
+def built(world):
+    """(store, outcome of the build, its provenance)"""
+    folder, site = world
+    job = building.BuildJob(
+        store=cube.Store(str(folder / "cubes.zarr")),
+        sources=(source_of(world),),
+        recipe=RECIPE,
+        snapshots=folder / "lists",
+    )
+    (outcome,) = building.build_cubes(job, [site], [2023])
+    assert outcome.state == "built"
+    return job, outcome, cube.read_markers(job.store, "pit")[2023]
+
+
+def share_used(world, listed):
+    """Share of the site that is clear and comes from each scene: id -> share."""
+    grid = coarsen(grid_of(world[1]), 20)
+    ordered = sort_in_mosaic_order(listed, grid_of(world[1]))
+    scl = [start_read(scene, SCL, grid).result().astype(np.uint8) for scene in ordered]
+    owner, mosaic = masks.mosaic_scenes(scl, index_overpasses(ordered))
+    clear = np.isin(mosaic, (4, 5))
+    return {scene.id: (clear & (owner == n)).sum() / scl[0].size for n, scene in enumerate(ordered)}
+
+
+def test_faults_are_found_in_the_scenes_that_have_them(world, built):
+    """A fault is a scene's own. Where a third of the site is clear, no stuck band is missed."""
+    job, outcome, made = built
+    truth = truth_of(world)
+    found = {fault.scene: (fault.fault, fault.band) for fault in outcome.value_faults}
+    assert found
+    for scene, (fault, band) in found.items():
+        assert (fault, band) == (EXPECTED[truth[scene][0]], truth[scene][1])
+    listed = load_or_save(world[1], 2023, job.sources, job.snapshots).scenes
+    clear = share_used(world, listed)
+    used = {scene["id"] for scene in made["scenes"]}
+    due = {scene for scene, (fault, _) in truth.items() if fault in ("constant", "saturated")}
+    due = {scene for scene in due & used if clear[scene] > 0.3}
+    assert len(due) >= 5
+    assert due <= set(found)
+    assert {fault for fault, _ in found.values()} == {"stuck", "strip"}
+
+
+def test_the_provenance_names_them(world, built):
+    _, outcome, made = built
+    truth = truth_of(world)
+    assert [(row["scene"], row["band"], row["fault"]) for row in made["value_faults"]] == [
+        (fault.scene, fault.band, fault.fault) for fault in outcome.value_faults
+    ]
+    left_out = {scene["id"] for scene in made["scenes"] if scene.get("left_out") == "values"}
+    assert left_out == {f.scene for f in outcome.value_faults if f.fault != "strip"}
+    wrapped = [row for row in made["struck"] if row["band"] != SCL]
+    assert wrapped
+    for row in wrapped:
+        assert truth[row["scene"]] == ("wrapped", row["band"])
+        assert row["pixels"] > 0
+    assert outcome.reads["struck"] == sum(row["pixels"] for row in made["struck"])
+
+
+def test_pixels_are_those_of_a_build_without_the_scenes(world, built):
+    job, outcome, made = built
+    opened = cube.open_committed(job.store, "pit").sel(year=2023)
+    used = {s["id"]: s for s in made["scenes"] if "left_out" not in s}
+    usable = scenes.select(load_or_save(world[1], 2023, job.sources, job.snapshots).scenes, RECIPE)
+    usable = values.apply_faults([s for s in usable if s.id in used], outcome.value_faults)
+    assert len(usable) == outcome.scenes
+    # The site's recipe marks scenes before it composites; without marks the rest is the same.
+    marked = building.veils.mark_wrong_classifications(
+        usable, building.read_look(usable, grid_of(world[1])), RECIPE.haze
+    )
+    shifts = building.registration.measure_shifts(marked, grid_of(world[1]))
+    marked = building.registration.apply_registration(marked, shifts, RECIPE.registration)
+    expected = composite(marked, grid_of(world[1]), RECIPE, year=2023).compute()
+    np.testing.assert_array_equal(opened.reflectance, expected.reflectance)
+
+
+def test_a_second_run_does_nothing(world, built):
+    job, outcome, _ = built
+    (again,) = building.build_cubes(job, [world[1]], [2023])
+    assert (again.state, again.scenes) == ("kept", outcome.scenes)
+
+
+def test_a_strip_is_cut_off(world, built):
+    """All of the low values are gone: a composite is as if they had been without data."""
+    job, outcome, made = built
+    (strip,) = (fault for fault in outcome.value_faults if fault.fault == "strip")
+    assert strip.edge_px == STRIP_PX + 1  # the reader's files have one pixel more than its mask
+    (row,) = (row for row in made["struck"] if row["band"] == SCL)
+    assert row["scene"] == strip.scene
+    (scene,) = (
+        scene
+        for scene in load_or_save(world[1], 2023, job.sources, job.snapshots).scenes
+        if scene.id == strip.scene
+    )
+    scl = start_read(scene, SCL, coarsen(pad(grid_of(world[1]), 480), 20)).result()
+    inside = ndimage.binary_erosion(scl > 0, np.ones((3, 3)), strip.edge_px, border_value=1)
+    assert row["pixels"] == ((scl > 0) & ~inside)[24:-24, 24:-24].sum()
+
+
+@pytest.mark.parametrize("internal_mask", [False, True], ids=["tiles", "GDAL"])
+def test_numbers_above_32767_are_counted(archive, internal_mask):
+    """The file's own nodata and pixels behind its mask are not counted."""
+    rng = np.random.default_rng(3)
+    grid = grid_at(360000, 5600040, 240, 180)
+    pixels = rng.integers(1, 9000, grid.shape, dtype=np.uint16)
+    wrapped = rng.random(grid.shape) < 0.1
+    pixels[wrapped] = rng.integers(32768, 65536, wrapped.sum())
+    scene = archive.scene("2020-07-01T10:00:00", grid, {"B04": pixels, "B11": 5})
+    hidden = np.zeros(grid.shape, bool)
+    if internal_mask:
+        hidden[:40] = True
+        with (
+            rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+            rasterio.open(scene.assets["B04"].href, "r+") as file,
+        ):
+            file.write_mask(~hidden)
+    ledger = Ledger()
+    got = start_read(scene, "B04", grid, ledger).result()
+    np.testing.assert_array_equal(got, np.where(wrapped | hidden, 0, pixels))
+    count = int((wrapped & ~hidden).sum())
+    assert ledger.list_struck() == [{"scene": scene.id, "band": "B04", "pixels": count}]
+    again = Ledger(before=ledger.to_parquet())
+    start_read(scene, "B04", grid, again.for_repeats()).result()
+    assert again.totals()["struck"] == count
+
+
+def test_stuck_bands_by_hand():
+    rng = np.random.default_rng(1)
+    varied = {band: rng.integers(800, 3000, 1000).astype(np.uint16) for band in ("B02", "B03")}
+    flat = np.full(1000, 1234, np.uint16)
+    half = np.where(np.arange(1000) < 250, 2900, varied["B02"]).astype(np.uint16)
+    few = np.where(np.arange(1000) < 150, 2900, varied["B02"]).astype(np.uint16)
+    black = np.ones(1000, np.uint16)
+    assert values.find_stuck({**varied, "B04": flat}) == {"B04": (1234, 1.0)}
+    found = values.find_stuck({**varied, "B04": half})
+    assert found["B04"] == (2900, np.mean(half == 2900))
+    assert values.find_stuck({**varied, "B04": few}) == {}
+    assert values.find_stuck({**varied, "B12": black}) == {"B12": (1, 1.0)}
+    water = {band: pixels // 10 for band, pixels in varied.items()}
+    assert values.find_stuck({**water, "B12": black}) == {}  # water is black there
+    assert values.find_stuck({"B02": flat, "B03": flat, "B04": varied["B02"]}) == {}
+
+
+def land_of(seed, side=64):
+    """Ten bands of one ground, which differ in contrast and polarity: float32 [band, y, x]."""
+    rng = np.random.default_rng(seed)
+    grounds = np.stack([draw_fractal(rng, (side, side), 20) for _ in range(3)])
+    mix = rng.normal(0, 300, (10, 3))
+    noise = rng.normal(0, 20, (10, side, side))
+    return (np.einsum("bg,gyx->byx", mix, grounds) + noise + 4000).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("down", "right"), [(0, 1), (-1, 0), (1, 1)])
+def test_a_displacement_is_measured(seed, down, right):
+    stack = land_of(seed)
+    clear = np.ones(stack.shape[1:], bool)
+    moves, explained, gain = values.measure_displacements(stack, clear)
+    assert np.abs(moves).max() < 0.2
+    assert gain.max() < 1.5
+    stack[seed] = np.roll(stack[seed], (down, right), (0, 1))
+    moves, explained, gain = values.measure_displacements(stack, clear)
+    assert gain.argmax() == seed
+    assert gain[seed] > 2
+    assert explained[seed] > 0.8
+    np.testing.assert_allclose(moves[seed], (right, down), atol=0.2)
+
+
+def test_pixels_under_cloud_are_not_compared():
+    """Half of the pixels say something else: only if they count do the bands disagree."""
+    stack = land_of(7)
+    clear = np.ones(stack.shape[1:], bool)
+    clear[:, 32:] = False
+    moved = stack.copy()
+    moved[4, :, 34:] = np.roll(stack[4], 1, axis=0)[:, 34:]
+    whole = values.measure_displacements(stack, clear)
+    for expected, got in zip(whole, values.measure_displacements(moved, clear), strict=True):
+        np.testing.assert_array_equal(expected, got)
+    assert values.measure_displacements(stack, clear & (np.arange(64) < 10)) is None
+
+
+def test_audit_counts_them(world, tmp_path):
+    """Of the scenes with a fault, those whose pixels show it; no count without a fault."""
+    given = (
+        *("audit", "--sites", world[0] / "sites.geojson", "--catalog", world[0] / "archive"),
+        *("--years", "2023", "--source", "sim-cdse"),
+    )
+    run_here(*given, "--out", tmp_path / "plain")
+    out, _ = run_here(*given, "--out", tmp_path / "audit", "--pixels")
+    assert "scenes with faults in their pixels" in out
+    plain = pd.read_csv(tmp_path / "plain" / "audit.csv")
+    (row,) = pd.read_csv(tmp_path / "audit" / "audit.csv").to_dict("records")
+    assert set(row) - set(plain.columns) == set(pixel_audit.COLUMNS)
+    truth = [fault for fault, _ in truth_of(world).values()]
+    assert row["checked"] <= row["scenes"]
+    assert 0 < row["wrapped"] <= truth.count("wrapped")
+    assert 0 < row["stuck"] <= truth.count("constant") + truth.count("saturated")
+    assert 0 < row["strip"] <= truth.count("strip")
+    assert 0 < row["displaced"] <= truth.count("displaced")
+    assert (row["offset"], row["moved"]) == (0, 0)
+
+
+def test_audit_needs_the_bands_of_the_recipe(world, tmp_path):
+    sources = yaml.safe_load((world[0] / "archive" / "sources.yaml").read_text())
+    del sources["sim-cdse"]["assets"]["B05"]
+    sources["sim-cdse"]["href"] = str(world[0] / "archive" / "cdse.parquet")
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump(sources))
+    given = (
+        *("audit", "--sites", world[0] / "sites.geojson", "--catalog", tmp_path),
+        *("--years", "2023", "--source", "sim-cdse", "--out", tmp_path / "audit"),
+    )
+    run_here(*given)
+    _, err = run_here(*given, "--pixels", ok=2)
+    assert "--pixels: source 'sim-cdse' has no B05" in err
