@@ -469,7 +469,7 @@ def _solve(gram: Float64, bands: int) -> tuple[Float64, Float64, Float64]:
         residual = np.maximum(residual, 1e-9)
         if step == 0:
             first = residual
-        if step == _ROUNDS or (step and np.abs(moves).max() < _DISPLACED / 2):
+        if step == _ROUNDS:
             break
         # Regress the band on its prediction and the prediction's gradients.
         products = np.einsum("bj,pqjk,bk->bpq", weights, blocks, weights)
@@ -478,4 +478,6 @@ def _solve(gram: Float64, bands: int) -> tuple[Float64, Float64, Float64]:
         value, east, south = np.linalg.solve(products, aims[..., None])[..., 0].T
         value = np.where(np.abs(value) < 1e-6, 1e-6, value)
         moves = np.clip(np.column_stack([-east / value, -south / value]), -_FARTHEST, _FARTHEST)
+        if np.abs(moves).max() < _DISPLACED / 2:
+            break
     return moves, 1 - residual, first / residual
