@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import pickle
 
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pystac
 import pytest
 import rasterio
 import yaml
@@ -239,6 +242,41 @@ def test_pixels_under_cloud_are_not_compared():
     for expected, got in zip(whole, values.measure_displacements(moved, clear), strict=True):
         np.testing.assert_array_equal(expected, got)
     assert values.measure_displacements(stack, clear & (np.arange(64) < 10)) is None
+
+
+@pytest.mark.parametrize("size_m", [10, 20])
+@pytest.mark.parametrize("split", [1, 23, 47, 63])
+def test_bands_may_come_in_parts(split, size_m):
+    """A band in two strips of rows gives the same fault as a whole one."""
+    stack = land_of(2).astype(np.uint16)
+    stack[3] = np.roll(stack[3], 1, axis=1)
+    low = stack.copy()
+    low[6, :, :3] //= 3
+    scale = 20 // size_m
+    covered = np.full((1, 64, 70), -1, np.int8)
+    covered[0, :, 3:67] = 0
+    found = []
+    for cuts in ([0, 64], [0, split, 64]):
+        scene = pystac.Item("scene", None, None, pd.Timestamp("2023-06-01"), {})
+        samples = values.Samples([scene], [0], covered, covered == 0)
+        for band, pixels in enumerate(low):
+            fine = pixels.repeat(scale, axis=0).repeat(scale, axis=1)
+            for start, stop in itertools.pairwise(cuts):
+                part = fine[start * scale : stop * scale]
+                samples.add(0, f"B{band:02d}", (start, 3), part, size_m)
+        found.append(samples.find_faults())
+    assert found[0] == found[1]
+    assert {(fault.fault, fault.band) for fault in found[0]} == {
+        ("displaced", "B03"),
+        ("strip", "B06"),
+    }
+
+
+def test_the_error_of_a_worker_arrives_whole():
+    fault = values.Fault(scene="scene", band="B04", fault="stuck", detail="is 1")
+    error = pickle.loads(pickle.dumps(values.UntrustedValuesError([fault])))
+    assert error.faults == (fault,)
+    assert str(error) == "scene: B04 is 1"
 
 
 def test_audit_counts_them(world, tmp_path):

@@ -89,6 +89,10 @@ class UntrustedValuesError(MinecubeError):
         super().__init__("; ".join(map(str, faults)))
         self.faults = tuple(faults)
 
+    def __reduce__(self) -> tuple[type[UntrustedValuesError], tuple[tuple[Fault, ...]]]:
+        """Pickle the faults: Python would pickle the message as the only argument."""
+        return type(self), (self.faults,)
+
 
 def describe_action(fault: Fault) -> str:
     """Describe what a build does about a fault."""
