@@ -20,7 +20,18 @@ class Server:
     def __init__(self, asked):
         self.asked, self.random, self.tokens = asked, random.Random(asked.seed), {}
         self.counts = dict.fromkeys(
-            ("requests", "ok", "failed", "truncated", "stalled", "refused", "peak", "bytes"), 0
+            (
+                "requests",
+                "heads",
+                "ok",
+                "failed",
+                "truncated",
+                "stalled",
+                "refused",
+                "peak",
+                "bytes",
+            ),
+            0,
         )
         self.now = 0
 
@@ -28,7 +39,7 @@ class Server:
         try:
             while await self.answer(reader, writer):
                 pass
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, RuntimeError, asyncio.IncompleteReadError):  # the client left
             pass
         finally:
             writer.close()
@@ -97,15 +108,14 @@ class Server:
             return await self.send(writer, 404, b"no such key")
         if first >= size:
             return await self.send(writer, 416, b"", {"Content-Range": f"bytes */{size}"})
-        with path.open("rb") as file:
-            file.seek(first)
-            body = file.read(last - first + 1)
+        length = last - first + 1
         more = {"ETag": f'"{path.stat().st_mtime_ns}"', "Accept-Ranges": "bytes"}
         if span:
             more["Content-Range"] = f"bytes {first}-{last}/{size}"
         luck -= asked.fail
         if luck < asked.truncate:
             self.counts["truncated"] += 1
+            body = path.read_bytes()[first : first + length]
             # In turn: the connection breaks off; the answer is short and says so, as some proxies do.
             if self.counts["truncated"] % 2:
                 await self.send(
@@ -117,10 +127,16 @@ class Server:
             self.counts["stalled"] += 1
             await asyncio.sleep(asked.stall_s)
         self.counts["ok"] += 1
-        self.counts["bytes"] += len(body)
-        return await self.send(
-            writer, 206 if span else 200, b"" if method == "HEAD" else body, more, length=len(body)
-        )
+        self.counts["heads"] += first == 0
+        self.counts["bytes"] += length
+        await self.send(writer, 206 if span else 200, b"", more, length=length)
+        return method == "HEAD" or await self.send_part(writer, path, first, length)
+
+    async def send_part(self, writer, path, first, length):
+        """Have the kernel send bytes of a file: this takes half the time on the processor."""
+        with path.open("rb") as file:
+            await asyncio.get_running_loop().sendfile(writer.transport, file, first, length)
+        return True
 
     def token(self):
         token = secrets.token_hex(8)

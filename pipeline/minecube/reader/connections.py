@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import socket
+import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any
 
 import requests
 import urllib3
+from urllib3.util import wait_for_read
 
 from minecube import network
 
 _SHORT_BODY = 65536  # bytes; a shorter unwanted body is read, to keep the connection
+# An answer is late after 4 times the longest of the quickest 95 % of the last 200 answers.
+_RECENT = 200
+_USUAL = 0.95
+_LATE = 4
+_LEAST_LATE_S = 0.2
+_ANSWERS_PER_REPEAT = 50
 
 
 class TroubleError(Exception):
@@ -32,12 +42,50 @@ class TroubleError(Exception):
         """URL of an unreachable host."""
 
 
+class Pace:
+    """Times until a host's answers begin, for any thread.
+
+    The few answers that take much longer than the others are late: another request is quicker. At
+    most 2 % of the requests are repeated, and 4 at once if the whole host becomes slow.
+    """
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._credit = 0
+        self._lock = threading.Lock()
+
+    def add(self, seconds: float) -> None:
+        """Add the time of an answer."""
+        with self._lock:
+            self._recent.append(seconds)
+            self._credit = min(self._credit + 1, _RECENT)
+
+    def late_s(self) -> float:
+        """Return the seconds after which an answer is late; infinite after too few answers."""
+        with self._lock:
+            if len(self._recent) < _ANSWERS_PER_REPEAT:
+                return math.inf
+            usual_s = sorted(self._recent)[int(_USUAL * len(self._recent))]
+        return max(_LATE * usual_s, _LEAST_LATE_S)
+
+    def may_repeat(self) -> bool:
+        """Return whether a late request may be sent again, and count it."""
+        with self._lock:
+            is_allowed = self._credit >= _ANSWERS_PER_REPEAT
+            if is_allowed:
+                self._credit -= _ANSWERS_PER_REPEAT
+        return is_allowed
+
+
 class _CheckedConnection(urllib3.connection.HTTPConnection):
     """A connection with its address checked before any byte is sent, TLS included."""
 
-    def __init__(self, *args: Any, check: Callable[[str, str], None], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, check: Callable[[str, str], None], pace: Pace, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._check = check
+        self._pace = pace
 
     def _new_conn(self) -> socket.socket:
         """Connect, and raise ForbiddenError if the host has a forbidden address."""
@@ -48,6 +96,18 @@ class _CheckedConnection(urllib3.connection.HTTPConnection):
             connection.close()
             raise
         return connection
+
+    def getresponse(self) -> urllib3.HTTPResponse:  # type: ignore[override]
+        """Wait for an answer; raise TimeoutError if it is late and may be requested again."""
+        began = time.monotonic()
+        late_s = self._pace.late_s()
+        may_be_late = late_s < (self.timeout or math.inf)
+        if may_be_late and not wait_for_read(self.sock, late_s) and self._pace.may_repeat():
+            raise TimeoutError(f"no answer in {late_s:.2f} s")
+        answer = super().getresponse()
+        if answer.status in (200, 206):
+            self._pace.add(time.monotonic() - began)
+        return answer
 
 
 class _CheckedTlsConnection(_CheckedConnection, urllib3.connection.HTTPSConnection):
@@ -63,6 +123,7 @@ class CheckedPools(urllib3.PoolManager):
     def __init__(self, check: Callable[[str, str], None], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._check = check
+        self._paces: defaultdict[tuple[str | None, int | None], Pace] = defaultdict(Pace)
 
     def connection_from_host(
         self,
@@ -74,7 +135,10 @@ class CheckedPools(urllib3.PoolManager):
         """Return the pool of a host."""
         pool = super().connection_from_host(host, port, scheme, pool_kwargs)
         kind = _CheckedTlsConnection if scheme == "https" else _CheckedConnection
-        pool.ConnectionCls = functools.partial(kind, check=self._check)  # type: ignore[assignment]
+        pace = self._paces[host, port]
+        pool.ConnectionCls = functools.partial(  # type: ignore[assignment]
+            kind, check=self._check, pace=pace
+        )
         return pool
 
 

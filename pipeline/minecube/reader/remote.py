@@ -9,8 +9,8 @@ Broken connections, short or stalled answers, and HTTP 408, 425, 429 and 5xx are
 9110, sections 15.5 and 15.6). The pause before a retry is random with a doubling limit, or as long
 as the server asks (Retry-After). 401 and 403 are tried again with a new signature if requests are
 signed. So is 400, S3's answer to an expired session. An unreachable host is tried for seconds only
-and then remembered (`network`). All other errors are final, since a retry would give the same
-result.
+and then remembered (`network`). A late answer is requested again (`connections.Pace`). All other
+errors are final, since a retry would give the same result.
 
 Tokens and signatures go only to the hosts and buckets named by the source
 (`Access.credentials_for`). All others get unsigned requests. Redirects are also followed without
