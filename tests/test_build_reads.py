@@ -102,6 +102,11 @@ def test_a_plan_holds(world, tmp_path):
     rows = {line.split()[1]: line.split() for line in out.splitlines() if line.startswith("pit")}
     out, _ = run("build", *args(world, tmp_path / "new.zarr"))
     assert "planned, at most" in out
+    built = {line.split()[1]: line.split() for line in out.splitlines() if "  built" in line}
+    for year, made in cube.read_markers(cube.Store(tmp_path / "new.zarr"), "pit").items():
+        megabytes = (made["reads"]["bytes"] + made["check_reads"]["bytes"]) / 1e6
+        planned_mb = rows[str(year)][rows[str(year)].index("build") + 6]
+        assert built[str(year)][-4:-1] == ["0", f"{megabytes:.1f}", planned_mb]
     for year in ("2020", "2022"):
         planned_reads = int(rows[year][rows[year].index("build") + 3])
         totals = cube.read_markers(cube.Store(tmp_path / "new.zarr"), "pit")[int(year)]["reads"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import click
@@ -168,7 +168,8 @@ def _describe(outcome: Outcome) -> str:
 
 
 def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
-    columns = ("site", "year", "state", "scenes", "days", "offsets in conflict", "lost reads", "s")
+    columns = ["site", "year", "state", "scenes", "days", "offsets in conflict", "lost reads"]
+    columns += ["requests", "MB", "MB planned", "s"]
     rows = [
         (
             outcome.site,
@@ -178,11 +179,19 @@ def _print_outcomes(outcomes: Sequence[Outcome]) -> None:
             outcome.days,
             outcome.conflicts,
             outcome.reads.get("lost", 0),
+            int(_sum_of(outcome, "requests")),
+            round(_sum_of(outcome, "bytes") / 1e6, 1),
+            round(outcome.planned.bytes / 1e6, 1) if outcome.planned else 0.0,
             round(outcome.seconds, 1),
         )
         for outcome in outcomes
     ]
     click.echo(format_table(columns, rows))
+
+
+def _sum_of(outcome: Outcome, name: str) -> float:
+    """Sum a count over the reads of a site-year, and over those for its checks."""
+    return outcome.reads.get(name, 0) + outcome.looks.get(name, 0)
 
 
 def _print_planned_and_actual(outcomes: Sequence[Outcome]) -> None:
@@ -191,24 +200,23 @@ def _print_planned_and_actual(outcomes: Sequence[Outcome]) -> None:
     if not built:
         return
     planned = sum((outcome.planned for outcome in built if outcome.planned), Estimate())
-    reads = _sum_reads([outcome.reads for outcome in built])
-    looks = _sum_reads([outcome.looks for outcome in built])
-    megabytes = (reads["bytes"] + looks["bytes"]) / 1e6
+    requests, read_bytes, retried = (
+        sum(_sum_of(outcome, name) for outcome in built)
+        for name in ("requests", "bytes", "retried")
+    )
     rows = [
-        ("reads", planned.reads, int(reads["planned"])),
-        ("reads that check offsets and places", planned.checks, int(looks["planned"])),
-        ("requests", planned.requests, int(reads["requests"] + looks["requests"])),
-        ("MB", round(planned.bytes / 1e6, 1), round(megabytes, 1)),
+        ("reads", planned.reads, sum(int(outcome.reads["planned"]) for outcome in built)),
+        (
+            "reads that check offsets and places",
+            planned.checks,
+            sum(int(outcome.looks["planned"]) for outcome in built),
+        ),
+        ("requests", planned.requests, int(requests)),
+        ("MB", round(planned.bytes / 1e6, 1), round(read_bytes / 1e6, 1)),
     ]
     click.echo("\n" + format_table(("", "planned, at most", "actual"), rows))
-    retried = int(reads["retried"] + looks["retried"])
     if retried:
-        click.echo(f"{retried} requests were tried again")
-
-
-def _sum_reads(totals: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = ("planned", "requests", "bytes", "retried")
-    return {name: sum(total[name] for total in totals) for name in names}
+        click.echo(f"{int(retried)} requests were tried again")
 
 
 def _print_messages(outcomes: Sequence[Outcome]) -> None:
