@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import statistics
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,9 +66,18 @@ SIDE = 1024
 """Side of the site in pixels of 10 m."""
 CORNER = Affine(10, 0, 369600, 0, -10, 5590440)
 """Place of the sites: no edge of a tile."""
+TOP = 5600040
+"""Northing of the first row of the files."""
+TILE = 512
 LARGE_SIDE = 4096
 LARGE_DATES = 4
 LATENCY_S = 0.04
+SERVERS = (
+    (),
+    ("--delay", str(LATENCY_S)),
+    ("--delay", str(LATENCY_S), "--stall", "0.01", "--stall-s", "1.5"),
+)
+"""Options of the servers of composites: near, far, and far with 1 % of the answers late."""
 YEARS = (2020, 2022)
 
 
@@ -125,13 +136,21 @@ def measure_latency(folder: Path, dates: int, runs: int) -> dict[str, object]:
     grid = write_archive(folder, dates)
     items_here = make_items(str(folder), grid, dates)
     seconds: dict[str, list[float]] = {
-        name: [] for name in ("read here", "read far", "composite here", "composite far")
+        name: []
+        for name in (
+            "read here",
+            "read far",
+            "composite here",
+            "composite near",
+            "composite far",
+            "composite late",
+        )
     }
     recipe = dataclasses.replace(load_recipes()["annual-median"], block_px=SIDE)
     ledger = Ledger()
     read_all(items_here, grid, Ledger())  # fills the page cache for both
     for run in range(runs):
-        # A new server has a new URL, so that no header is cached from the previous run.
+        # Each server has a new URL, so that no header is cached from the previous run.
         with serve_folder(folder, "--delay", str(LATENCY_S)) as url:
             items_far = make_items(url, grid, dates)
             ledger = Ledger()
@@ -139,17 +158,21 @@ def measure_latency(folder: Path, dates: int, runs: int) -> dict[str, object]:
             read_far = functools.partial(read_all, items_far, grid, ledger)
             sum_far, seconds_far = time_call(read_far)
             assert sum_here == sum_far, "pixels differ"
-        with serve_folder(folder, "--delay", str(LATENCY_S)) as url:
-            items_far = make_items(url, grid, dates)
-            cube_here, composite_here = time_call(
-                functools.partial(load_composite, items_here, grid, recipe)
-            )
-            cube_far, composite_far = time_call(
-                functools.partial(load_composite, items_far, grid, recipe)
-            )
-            assert cube_here.identical(cube_far), "composites differ"
+            heads = count_heads(url)
+        cube_here, composite_here = time_call(
+            functools.partial(load_composite, items_here, grid, recipe)
+        )
+        composites = []
+        for troubles in SERVERS:
+            with serve_folder(folder, *troubles) as url:
+                items_far = make_items(url, grid, dates)
+                cube_far, composite_far = time_call(
+                    functools.partial(load_composite, items_far, grid, recipe)
+                )
+                assert cube_here.identical(cube_far), "composites differ"
+            composites.append(composite_far)
         for name, value in zip(
-            seconds, (seconds_here, seconds_far, composite_here, composite_far), strict=True
+            seconds, (seconds_here, seconds_far, composite_here, *composites), strict=True
         ):
             seconds[name].append(value)
         print(
@@ -163,13 +186,34 @@ def measure_latency(folder: Path, dates: int, runs: int) -> dict[str, object]:
         "read_here_s": round(medians["read here"], 2),
         "read_far_s": round(medians["read far"], 2),
         "composite_here_s": round(medians["composite here"], 2),
+        "composite_near_s": round(medians["composite near"], 2),
         "composite_far_s": round(medians["composite far"], 2),
+        "composite_late_s": round(medians["composite late"], 2),
         "requests": totals["requests"],
         "requests_per_window": round(totals["requests"] / totals["read"], 2),
+        "header_requests_per_window": round(heads / totals["read"], 2),
+        "tile_requests_per_window": round((totals["requests"] - heads) / totals["read"], 2),
+        "tile_rows_per_window": round(count_tile_rows(grid), 2),
         "mb": round(totals["bytes"] / 1e6),
         "latency_ratio": round(medians["read far"] / medians["read here"], 3),
         "latency_ratio_composite": round(medians["composite far"] / medians["composite here"], 3),
     }
+
+
+def count_heads(url: str) -> int:
+    """Return how many requests of a server began at a file's first byte."""
+    with urllib.request.urlopen(f"{url}/counts") as answer:
+        return json.load(answer)["heads"]
+
+
+def count_tile_rows(grid: GeoBox) -> float:
+    """Return the rows of file tiles in a window of the archive, on average over the bands."""
+    top, bottom = (TOP - y for y in (grid.boundingbox.top, grid.boundingbox.bottom))
+    rows = [
+        math.ceil(bottom / size / TILE) - math.floor(top / size / TILE)
+        for size in NATIVE_M.values()
+    ]
+    return statistics.mean(rows)
 
 
 def measure_checks(folder: Path, large: Path, dates: int) -> dict[str, object]:
@@ -287,12 +331,12 @@ def write_archive(folder: Path, dates: int, side: int = SIDE, level: int = 6) ->
                 count=1,
                 dtype=pixels.dtype,
                 crs="EPSG:32633",
-                transform=Affine(size, 0, 360000, 0, -size, 5600040),
+                transform=Affine(size, 0, 360000, 0, -size, TOP),
                 nodata=0,
                 compress="deflate",
                 level=level,
                 predictor=2,
-                blocksize=512,
+                blocksize=TILE,
             ) as out:
                 out.write(pixels, 1)
     return GeoBox((side, side), CORNER, "EPSG:32633")
