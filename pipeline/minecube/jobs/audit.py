@@ -74,9 +74,9 @@ def audit_scenes(
 ) -> Audit:
     """Search all site-years in all sources, and compare the scenes with the expected passes.
 
-    With `pixels`, also checks the pixels of the usable scenes, and adds `pixel_audit.COLUMNS` to the
-    table by year. Otherwise reads no pixels. The recipe's months and needed dates judge a site-year. `progress` gets the
-    site-year and source of each search, and the reason of a failure.
+    With `pixels`, also checks the pixels of the usable scenes, and adds `pixel_audit.COLUMNS` to
+    the table by year. Otherwise reads no pixels. The recipe's months and needed dates judge a
+    site-year. `progress` gets the site-year and source of each search, and the reason of a failure.
 
     Raises:
         SceneError: a year is without Sentinel-2.

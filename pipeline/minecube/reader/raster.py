@@ -92,7 +92,8 @@ def read_file(
     invalid. Overviews are not read. Files in the grid's zone with pixels nested in the grid are
     read without resampling.
 
-    `tally` counts requests, bytes and numbers above 32767. The pixels are put into `out` if given, which avoids a copy.
+    `tally` counts requests, bytes and numbers above 32767. The pixels are put into `out` if given,
+    which avoids a copy.
 
     Raises:
         ReadError: The href must not be read. The file is missing, truncated, no GeoTIFF or JPEG
@@ -143,13 +144,6 @@ def _open_placed(file: File, tally: Tally) -> Iterator[Image]:
         ) from error
     except _READ_ERRORS as error:
         raise _make_error(file.href, error, tally) from error
-
-
-def _read_onto(image: Image, grid: GeoBox, resampling: Resampling, out: UInt16 | None) -> UInt16:
-    nesting = nesting_of(image, grid)
-    if nesting:
-        return read_nested(image, grid, nesting, out)
-    return copy_to(warp(image, grid, resampling), out)
 
 
 def _need_place(image: Image, name: str) -> None:
