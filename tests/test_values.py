@@ -21,6 +21,7 @@ from minecube import cube, scenes
 from minecube.catalog import SCL, load_recipes, load_sources
 from minecube.composite import composite, masks, values
 from minecube.composite.needs import index_overpasses, sort_in_mosaic_order
+from minecube.errors import SceneError
 from minecube.grid import coarsen, grid_of, pad
 from minecube.jobs import build as building
 from minecube.jobs import pixel_audit
@@ -187,6 +188,14 @@ def test_numbers_above_32767_are_counted(archive, internal_mask):
     again = Ledger(before=ledger.to_parquet())
     start_read(scene, "B04", grid, again.for_repeats()).result()
     assert again.totals()["struck"] == count
+
+
+def test_the_error_of_too_few_dates_counts_the_reasons():
+    left_out = {"a": "values", "b": "offset", "c": "values"}
+    with pytest.raises(
+        SceneError, match=r"0 dates of 2023 .*; scenes left out: offset 1, values 2"
+    ):
+        scenes.need_dates([], RECIPE, 2023, left_out)
 
 
 def test_stuck_bands_by_hand():

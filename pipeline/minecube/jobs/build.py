@@ -419,7 +419,7 @@ def _check_scenes(
 ) -> tuple[list[pystac.Item], list[offsets.OffsetCheck]]:
     """Check offsets, haze and positions of scenes, and add the results to the provenance.
 
-    `faults` in values were found before. Their scenes are left out, or lose a strip.
+    `faults` in values were found before. Their scenes are left out, or their edges are.
 
     Returns the usable scenes, and the checks of all offsets.
 
@@ -450,7 +450,7 @@ def _check_scenes(
         notes[cube.VALUE_FAULTS] = [fault.as_row() for fault in faults]
     cube.leave_out(notes, dropped)
     if dropped:
-        scenes.need_dates(usable, job.recipe, task.year)
+        scenes.need_dates(usable, job.recipe, task.year, dropped)
     notes["check_reads"] = looks.totals()
     return usable, checks
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 import pystac
 
@@ -36,15 +37,21 @@ def select(scenes: Sequence[pystac.Item], recipe: Recipe) -> list[pystac.Item]:
     return selected + _clear_scenes_of_months(scenes, recipe, recipe.wider_months)
 
 
-def need_dates(scenes: Sequence[pystac.Item], recipe: Recipe, year: int) -> None:
-    """Raise SceneError if a year's usable scenes have fewer dates than the recipe's `min_dates`."""
+def need_dates(
+    scenes: Sequence[pystac.Item], recipe: Recipe, year: int, left_out: Mapping[str, str]
+) -> None:
+    """Raise SceneError if a year's usable scenes have fewer dates than the recipe's `min_dates`.
+
+    `left_out` maps the id of each other scene to the reason, for the message.
+    """
     in_year = [s for s in select_usable(scenes, recipe) if s.datetime and s.datetime.year == year]
     days = list_solar_days(in_year)
     if len(days) < recipe.min_dates:
+        counts = sorted(Counter(left_out.values()).items())
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts)
         raise SceneError(
-            f"{len(days)} dates of {year} are left, "
-            f"and recipe {recipe.id!r} needs {recipe.min_dates}: the others were left "
-            "out for their offset or their place; name one more --source, "
+            f"{len(days)} dates of {year} are left, and recipe {recipe.id!r} needs "
+            f"{recipe.min_dates}; scenes left out: {reasons}; name one more --source, "
             "or lower min_dates in a recipe of your own"
         )
 
