@@ -173,10 +173,7 @@ class _Block:
         box = pad(self.task.box, self.fringe_m)
         fringe = self.fringe_m // MASK_M
         inner = self.observations.crop(fringe)
-        samples = None
-        # Gaps struck in an earlier pass are no edges of the coverage.
-        if self.task.check_values and not self.observations.reads:
-            samples = Samples(inner.scenes, inner.day_of, inner.owner, self.crop(use))
+        samples = self._make_samples(inner, self.crop(use))
         fringe_reads = Bands(self.observations, use, box, self.task.ledger, samples, fringe)
         bands = Bands(inner, self.crop(use), self.task.box, self.task.ledger, samples)
         try:
@@ -198,6 +195,17 @@ class _Block:
             return layers
         self._replace_incomplete()
         return None
+
+    def _make_samples(self, observations: Observations, use: Bool) -> Samples | None:
+        """Prepare samples of clear pixels to check, if values are checked in this pass.
+
+        Gaps struck in an earlier pass are no edges of the coverage. Without a mask no pixel is
+        known to be clear.
+        """
+        if not self.task.check_values or observations.reads or not self.recipe.mask:
+            return None
+        clear = use & masks.is_one_of(observations.kind, _CLEAR_KINDS)
+        return Samples(observations.scenes, observations.day_of, observations.owner, clear)
 
     def _choose_observations(self) -> tuple[Bool, UInt8]:
         """Choose the observations to read, bool [day, y, x], and the quality [y, x]."""

@@ -15,7 +15,7 @@ from minecube.composite import masks
 from minecube.composite.masks import CLEAR, crop
 from minecube.composite.needs import MASK_M, compute_margins, index_overpasses
 from minecube.composite.task import BlockTask
-from minecube.composite.values import EDGE_PX
+from minecube.composite.values import CUT_PX, HAS_STRIP
 from minecube.grid import coarsen, pad
 from minecube.reader import Ledger, start_read
 
@@ -105,8 +105,8 @@ class DayMasks:
         return Masks(owner, kind, distance)
 
     def _cut_edges(self, item: pystac.Item, scl: UInt8, ledger: Ledger | None) -> UInt8:
-        """Remove the strip along the edges of a scene's coverage, and count its pixels."""
-        cut = masks.cut_edges(scl, item.properties[EDGE_PX])
+        """Cut off the edges of a scene's coverage, and count their pixels."""
+        cut = masks.cut_edges(scl, CUT_PX)
         if ledger:
             margin_px = compute_margins(self._task.recipe)[1] // MASK_M
             struck = int(np.count_nonzero(crop(scl != cut, margin_px)))
@@ -122,7 +122,7 @@ class DayMasks:
             for item in items:
                 scl = reads.popleft().result().astype(np.uint8)
                 scl = masks.correct_classes(scl, item.properties.get(SCL_IS))
-                if EDGE_PX in item.properties:
+                if HAS_STRIP in item.properties:
                     scl = self._cut_edges(item, scl, ledger)
                 yield scl
         finally:

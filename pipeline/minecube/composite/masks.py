@@ -80,7 +80,7 @@ def correct_classes(scl: UInt8, error: str | None) -> UInt8:
     """
     scl = np.where(scl <= _LAST_CLASS, scl, np.uint8(_NODATA))
     if error == "veiled":
-        return np.where(_is_one_of(scl, _CLEAR_CLASSES), np.uint8(VEILED), scl)
+        return np.where(is_one_of(scl, _CLEAR_CLASSES), np.uint8(VEILED), scl)
     if error == "no cirrus":
         return np.where(scl == _CIRRUS, np.uint8(_BARE), scl)
     return scl
@@ -111,7 +111,7 @@ def classify_day(
     for rule in recipe.mask:
         if month not in rule.months:
             continue
-        flagged = _is_one_of(layer, rule.classes)
+        flagged = is_one_of(layer, rule.classes)
         if bright is not None:
             flagged &= ~bright
         hidden |= flagged
@@ -119,7 +119,7 @@ def classify_day(
     if season == CLEAR:
         kinds: UInt8 = np.full_like(layer, FALLBACKS["ungrown"])
         np.copyto(kinds, FALLBACKS["thin"], where=hidden)
-        np.copyto(kinds, FALLBACKS["cloud"], where=hidden & _is_one_of(layer, _CLOUD_CLASSES))
+        np.copyto(kinds, FALLBACKS["cloud"], where=hidden & is_one_of(layer, _CLOUD_CLASSES))
     else:
         kinds = np.full_like(layer, UNUSABLE)
     np.copyto(kinds, np.uint8(season), where=observed & ~grown)
@@ -172,7 +172,7 @@ def find_bright_ground(scl: UInt8, rule: BrightOverride) -> Bool:
     dates, are flagged. Chance clouds are an unlikely cause (see `_weigh_evidence`).
     """
     observed = scl != _NODATA
-    flagged = _is_one_of(scl, rule.classes)
+    flagged = is_one_of(scl, rule.classes)
     observed_count = observed.sum(axis=0, dtype=np.int32)
     flagged_count = flagged.sum(axis=0, dtype=np.int32)
     share = flagged_count / np.maximum(observed_count, 1)
@@ -374,7 +374,8 @@ def crop(pixels: AnyArray, margin: int) -> AnyArray:
     return pixels[..., margin:-margin, margin:-margin]
 
 
-def _is_one_of(layer: UInt8, classes: Sequence[int]) -> Bool:
+def is_one_of(layer: UInt8, classes: Sequence[int]) -> Bool:
+    """Flag the pixels of a class of the list, bool of the same shape."""
     flags: Bool = layer == classes[0]
     for number in classes[1:]:  # comparisons are many times faster than a lookup per pixel
         flags |= layer == number

@@ -2,51 +2,57 @@
 
 All bands of a scene see the same ground at once, so each band is compared with the others:
 
-stuck       One number holds 20 % of a band's pixels, and most other bands vary. The band is
-            constant, or its detector is saturated. Numbers up to 100 are usual in water and shade.
-            They count only if the other bands are bright.
+stuck       One number holds 20 % of a band's clear pixels, and the numbers next to it are rare. The
+            band is constant, or its detector is saturated. Water and shade have many pixels with
+            one number up to 100. It counts only if 90 % of the band have it, and no other band is
+            dark.
 displaced   The other bands predict the band, by linear regression. Gradients in the regression show
             the displacement between them (Lucas and Kanade 1981, IJCAI). It counts from 8 m on, if
-            it halves the residual. Bands of correct products agree to 6 m, 0.3 pixels of 20 m.
+            it halves the residual. Bands of correct products agree to 6 m, 0.3 pixels of 20 m. The
+            other bands must agree with each other: the bands of unmasked clouds do not. Water does
+            not count, since waves move between the bands.
 strip       Pixels along an edge of the scene's coverage are low in a band. Their median ratio to
             the ground 100 m inside is below 0.7.
 
-Scenes with a stuck or displaced band are left out. Strips are cut off along all edges of a scene.
-The reader handles a fourth fault: it leaves out numbers above 32767 and counts them.
+Scenes with a stuck or displaced band are left out. All edges of a scene with a strip are cut off.
+A fault that most scenes of a block share in one band is the ground's, and does not count. The
+reader handles a fourth fault: it leaves out numbers above 32767 and counts them.
 
-Displacements were measured on 2441 correct windows of four simulated archives, with cirrus that
-lies elsewhere in each band. No correct band has a gain above 1.46 where the displacement and the
-explained share would do. Of bands displaced by 10 m, 90 % are found, by 20 m 98 %, by 30 m 95 %, by
-40 m 69 % and by 60 m 2 %.
+A good scene that is left out is worse than a fault that is missed. So all limits are far from what
+correct scenes show: docs/sources.md has the figures.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import pystac
 from odc.geo.geobox import GeoBox
 
-from minecube.arrays import AnyArray, Bool, Float32, Float64, Int64, UInt16
-from minecube.catalog import SCL
+from minecube.arrays import AnyArray, Bool, Float32, Float64, Int64, UInt8, UInt16
+from minecube.catalog import SCL, Recipe
 from minecube.composite import masks
 from minecube.composite.needs import MASK_M, pixel_size_of, scenes_near
 from minecube.errors import MinecubeError
 from minecube.grid import coarsen
 from minecube.reader import Ledger, start_read
 
-EDGE_PX = "minecube:edge_px"
-"""Item property: 20 m pixels to cut off along the edges of the scene's coverage."""
+HAS_STRIP = "minecube:has_strip"
+"""Item property: whether the edges of the scene's coverage are cut off."""
+CUT_PX = 5
+"""20 m pixels cut off: the deepest strip, and a pixel more that may be low in part."""
 STRIP = "strip"
 """The fault that does not leave out the scene."""
-_CLEAR = (2, 4, 5, 6, 7)  # SCL: dark, vegetation, bare, water, unclassified
 _SIDE = 48  # 20 m pixels: side of the part of a block in which a scene's bands are compared
 _STUCK = 0.2  # share of pixels with one number; at most 0.06 in correct scenes, 0.09 in cloud tops
+_NEXT_TO = 5  # difference of numbers next to each other; water varies as little
 _DIM = 100  # numbers of water and shade, reflectance x 10000
-_BRIGHT = 1000  # median of the other bands for dim numbers to count
+_ALL = 0.9  # share of pixels for a dim number to count
+_BRIGHT = 1000  # median of each other band for a dim number to count
 _FEWEST = 200  # pixels needed to compare bands
 _FEWEST_BANDS = 4
 _DISPLACED = 0.4  # pixels of 20 m
@@ -57,9 +63,10 @@ _ROUNDS = 2  # of displacing and predicting
 _RIDGE = 1e-4  # of the regression, for bands that are nearly equal
 _LOW = 0.7  # ratio of a strip to the ground inside
 _STEP = 0.8  # most ratio of a strip's innermost pixel to the pixel beyond
-_DEPTH = 4  # 20 m pixels: deepest strip
+_DEPTH = CUT_PX - 1  # 20 m pixels: deepest strip
 _INSIDE = 5  # 20 m pixels from the edge to the ground inside
 _FEWEST_PAIRS = 60  # pixels of an edge, 1.2 km
+_FEWEST_SCENES = 3  # to find out that a fault is the ground's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +78,6 @@ class Fault:
     fault: str
     """stuck, displaced or strip."""
     detail: str
-    edge_px: int = 0
-    """For a strip, the 20 m pixels to cut off."""
 
     def __str__(self) -> str:
         return f"{self.scene}: {self.band} {self.detail}"
@@ -97,32 +102,30 @@ class UntrustedValuesError(MinecubeError):
 def describe_action(fault: Fault) -> str:
     """Describe what a build does about a fault."""
     if fault.fault == STRIP:
-        return "strip left out"
+        return f"edges cut off, {CUT_PX * MASK_M} m"
     return "scene left out"
 
 
 def merge_faults(earlier: Sequence[Fault], later: Sequence[Fault]) -> list[Fault]:
-    """Add faults to those found earlier. A strip found again lies inside the earlier one."""
-    merged = {(fault.scene, fault.fault): fault for fault in earlier}
-    for fault in later:
-        known = merged.get((fault.scene, fault.fault))
-        if known is not None:
-            fault = replace(fault, edge_px=known.edge_px + fault.edge_px)
-        merged[fault.scene, fault.fault] = fault
-    return sorted(merged.values(), key=lambda fault: (fault.scene, fault.fault, fault.band))
+    """Add faults to those found earlier: one of each kind per scene."""
+    merged = {(fault.scene, fault.fault): fault for fault in (*later, *earlier)}
+    return [merged[key] for key in sorted(merged)]
 
 
 def apply_faults(scenes: Sequence[pystac.Item], faults: Sequence[Fault]) -> list[pystac.Item]:
-    """Leave out scenes with stuck or displaced bands, and mark the strips of others."""
+    """Leave out scenes with stuck or displaced bands, and mark those with strips.
+
+    `Samples` finds no fault twice: a mark ends the search for strips.
+    """
     left_out = {fault.scene for fault in faults if fault.fault != STRIP}
-    depth = {fault.scene: fault.edge_px for fault in faults if fault.fault == STRIP}
+    cut = {fault.scene for fault in faults if fault.fault == STRIP}
     accepted = []
     for scene in scenes:
         if scene.id in left_out:
             continue
-        if scene.id in depth:
+        if scene.id in cut:
             scene = scene.clone()
-            scene.properties[EDGE_PX] = depth[scene.id]
+            scene.properties[HAS_STRIP] = True
         accepted.append(scene)
     return accepted
 
@@ -140,10 +143,10 @@ class _Edge(NamedTuple):
 def check_scenes(
     scenes: Sequence[pystac.Item],
     box: GeoBox,
-    bands: Sequence[str],
+    recipe: Recipe,
     ledger: Ledger | None = None,
 ) -> tuple[list[Fault], set[str]]:
-    """Read and check the bands of scenes in a box, scene by scene.
+    """Read and check a recipe's bands of scenes in a box, scene by scene.
 
     Returns:
         The faults, and the ids of the scenes with enough clear pixels for a check.
@@ -157,21 +160,30 @@ def check_scenes(
     near = scenes_near(scenes, box)
     for scene, read in [(scene, start_read(scene, SCL, coarse, ledger)) for scene in near]:
         scl = masks.cut_edges(masks.correct_classes(read.result().astype(np.uint8), None), 1)
-        clear = np.isin(scl, _CLEAR)
+        clear = _flag_clear(scene, scl, recipe)
         if np.count_nonzero(clear) < _FEWEST:
             continue
-        sizes = [pixel_size_of(band, [scene]) for band in bands]
+        sizes = [pixel_size_of(band, [scene]) for band in recipe.bands]
         reads = [
             start_read(scene, band, coarsen(box, size), ledger)
-            for band, size in zip(bands, sizes, strict=True)
+            for band, size in zip(recipe.bands, sizes, strict=True)
         ]
         owner = np.where(scl, np.int16(0), np.int16(-1))
         samples = Samples([scene], [0], owner[None], clear[None])
-        for band, size, pixels in zip(bands, sizes, reads, strict=True):
+        for band, size, pixels in zip(recipe.bands, sizes, reads, strict=True):
             samples.add(0, band, (0, 0), pixels.result(), size)
         faults += samples.find_faults()
         checked.add(scene.id)
-    return faults, checked
+    return _discard_shared(faults, len(checked)), checked
+
+
+def _flag_clear(scene: pystac.Item, scl: UInt8, recipe: Recipe) -> Bool:
+    """Flag the clear pixels of a scene, bool [y, x]; without a mask no pixel is known to be clear."""
+    if not recipe.mask or scene.datetime is None:
+        return np.zeros(scl.shape, dtype=bool)
+    kind = masks.classify_day(scl, None, recipe, scene.datetime.month, masks.CLEAR)
+    clear: Bool = kind == masks.CLEAR
+    return clear
 
 
 @dataclass
@@ -239,13 +251,31 @@ class Samples:
     def find_faults(self) -> list[Fault]:
         """Judge the scenes from the bands added so far."""
         faults = []
+        judged = 0
         for number, sample in self._samples.items():
             item = self._scenes[number]
-            scene = item.id
-            if item.properties.get(EDGE_PX, 0) <= _DEPTH:  # a second cut is the last one
-                faults += _judge_strips(scene, sample)
-            faults += _judge_stuck(scene, sample) or _judge_displaced(scene, sample)
-        return faults
+            if HAS_STRIP not in item.properties:
+                faults += _judge_strips(item.id, sample)
+            if len(sample.bands) >= _FEWEST_BANDS and np.count_nonzero(sample.clear) >= _FEWEST:
+                judged += 1
+                faults += _judge_stuck(item.id, sample) or _judge_displaced(item.id, sample)
+        return _discard_shared(faults, judged)
+
+
+def _discard_shared(faults: Sequence[Fault], scenes: int) -> list[Fault]:
+    """Discard the faults that more than half of the scenes share: the ground itself is like that.
+
+    Salt and snow saturate a band at every date, for example. Strips are the exception: edges may
+    all be damaged, and cutting them off costs little.
+    """
+    counts = Counter((fault.fault, fault.band) for fault in faults)
+    return [
+        fault
+        for fault in faults
+        if fault.fault == STRIP
+        or scenes < _FEWEST_SCENES
+        or 2 * counts[fault.fault, fault.band] <= scenes
+    ]
 
 
 def _paste(pixels: UInt16, part: UInt16, top: int, left: int) -> None:
@@ -326,9 +356,8 @@ def _judge_strips(scene: str, sample: _Sample) -> list[Fault]:
         f"has {lowest[band]:.0%} of the values inside along an edge of its coverage, "
         f"{deepest * MASK_M} m deep"
     )
-    # One more pixel, since the innermost one of a strip may be half low.
     name = list(sample.edge_values)[band]
-    return [Fault(scene=scene, band=name, fault=STRIP, detail=detail, edge_px=deepest + 1)]
+    return [Fault(scene=scene, band=name, fault=STRIP, detail=detail)]
 
 
 def _judge_stuck(scene: str, sample: _Sample) -> list[Fault]:
@@ -354,27 +383,29 @@ def _judge_stuck(scene: str, sample: _Sample) -> list[Fault]:
 
 def _judge_displaced(scene: str, sample: _Sample) -> list[Fault]:
     """Find the band with the clearest displacement from the others."""
-    if len(sample.bands) < _FEWEST_BANDS:
-        return []
+    names = list(sample.bands)
     stack = np.stack([_average(pixels, len(sample.clear)) for pixels in sample.bands.values()])
-    measured = measure_displacements(stack, sample.clear & (stack > 0).all(axis=0))
+    clear = sample.clear & (stack > 0).all(axis=0)
+    if {"B03", "B08"} <= set(names):  # NDWI: water is brighter in green than in infrared
+        clear &= stack[names.index("B08")] > stack[names.index("B03")]
+    measured = measure_displacements(stack, clear)
     if measured is None:
         return []
     moves, explained, gain = measured
     distance = np.hypot(*moves.T)
     gain = np.where((distance >= _DISPLACED) & (explained >= _EXPLAINED), gain, 0)
     band = int(gain.argmax())  # a displaced band also moves the predictions of the others
-    if gain[band] < _GAIN:
+    if gain[band] < _GAIN or not _agree(np.delete(stack, band, axis=0), clear):
         return []
     east, south = moves[band] * MASK_M
-    return [
-        Fault(
-            scene=scene,
-            band=list(sample.bands)[band],
-            fault="displaced",
-            detail=f"lies {east:+.0f} m east and {-south:+.0f} m north of its other bands",
-        )
-    ]
+    detail = f"lies {east:+.0f} m east and {-south:+.0f} m north of its other bands"
+    return [Fault(scene=scene, band=names[band], fault="displaced", detail=detail)]
+
+
+def _agree(stack: Float32, clear: Bool) -> bool:
+    """Test if most bands [band, y, x] lie where the others are."""
+    measured = measure_displacements(stack, clear)
+    return measured is not None and bool(np.median(np.hypot(*measured[0].T)) < _DISPLACED / 2)
 
 
 def _average(pixels: UInt16, height: int) -> Float32:
@@ -399,17 +430,31 @@ def find_stuck(values: Mapping[str, UInt16]) -> dict[str, tuple[int, float]]:
     medians: dict[str, float] = {}
     for band, numbers in values.items():
         ranked = np.sort(numbers, kind="stable")  # radix sort
-        span = int(_STUCK * len(ranked))
         medians[band] = float(ranked[len(ranked) // 2])
-        same = np.flatnonzero(ranked[span:] == ranked[: len(ranked) - span])
-        if same.size:
-            number = int(ranked[same[0]])
-            found[band] = number, float(np.mean(ranked == number))
+        if hit := _find_frequent(ranked):
+            found[band] = hit
     if 2 * len(found) > len(values):
         return {}  # the ground itself is uniform
-    others = [median for band, median in medians.items() if band not in found]
-    is_bright = bool(others) and float(np.median(others)) > _BRIGHT
-    return {band: hit for band, hit in found.items() if hit[0] > _DIM or is_bright}
+    darkest = min((median for band, median in medians.items() if band not in found), default=0)
+    return {
+        band: (number, share)
+        for band, (number, share) in found.items()
+        if number > _DIM or (share >= _ALL and darkest > _BRIGHT)
+    }
+
+
+def _find_frequent(ranked: UInt16) -> tuple[int, float] | None:
+    """Find a number with a share of `_STUCK` in sorted numbers, and few numbers next to it."""
+    span = int(_STUCK * len(ranked))
+    same = np.flatnonzero(ranked[span:] == ranked[: len(ranked) - span])
+    if not same.size:
+        return None
+    number = int(ranked[same[0]])
+    ends = np.searchsorted(ranked, [number - _NEXT_TO, number, number + 1, number + _NEXT_TO + 1])
+    below, equal, above = np.diff(ends)
+    if 2 * (below + above) > equal:
+        return None  # water varies by a few numbers only
+    return number, float(equal / len(ranked))
 
 
 def measure_displacements(stack: Float32, clear: Bool) -> tuple[Float64, Float64, Float64] | None:

@@ -104,7 +104,8 @@ def hash_run(provenance: Mapping[str, Any]) -> str:
     """Hash the common inputs of a year's blocks: the build, and decisions on doubtful scenes."""
     decisions: list[Any] = [provenance.get(name) for name in _DECISIONS]
     if VALUE_FAULTS in provenance:
-        decisions.append(provenance[VALUE_FAULTS])
+        # Details depend on the block that found a fault first. They change no pixels.
+        decisions.append([[fault["scene"], fault["fault"]] for fault in provenance[VALUE_FAULTS]])
     copies = [scene for scene in provenance["scenes"] if COPY_OF in scene]
     decisions += [[scene["id"], scene["source"]] for scene in copies]
     return sha256_of_json([hash_build(provenance), decisions])[:16]

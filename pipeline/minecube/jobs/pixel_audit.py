@@ -49,7 +49,7 @@ def find_faults(site: Site, listing: coverage.Listing, recipe: Recipe) -> Findin
     checked: set[str] = set()
     found: list[tuple[str, str]] = []
     for rows, columns in iterate_blocks(grid, recipe.block_px):
-        faults, judged = values.check_scenes(scenes, grid[rows, columns], recipe.bands, ledger)
+        faults, judged = values.check_scenes(scenes, grid[rows, columns], recipe, ledger)
         found += [(fault.scene, fault.fault) for fault in faults]
         checked |= judged
     found += [(struck["scene"], "wrapped") for struck in ledger.list_struck()]
