@@ -12,6 +12,7 @@ import pandas as pd
 import pystac
 import pytest
 import rasterio
+import stac_geoparquet.arrow
 import yaml
 from scipy import ndimage
 
@@ -197,6 +198,53 @@ def test_the_error_of_too_few_dates_counts_the_reasons():
         SceneError, match=r"0 dates of 2023 .*; scenes left out: offset 1, values 2"
     ):
         scenes.need_dates([], RECIPE, 2023, left_out)
+
+
+@pytest.mark.parametrize("min_dates", [4, 5])
+def test_blocks_find_faults_one_after_the_other(archive, tmp_path, min_dates):
+    """Two blocks each saturate a scene of their own. A build starts again until it finds no more."""
+    rng = np.random.default_rng(8)
+    site = site_of("pit", 360000, 5600040, 256, 128)
+    grid = grid_of(site)
+    around = pad(grid, 320)
+    many = dataclasses.replace(archive, bands=("B02", "B04", "B08", "B11"))
+    middle = around.shape[1] // 2
+    halves = {"2023-05-01": slice(0, middle), "2023-06-01": slice(middle, None)}
+    items = []
+    for day in (*halves, "2023-07-01", "2023-08-01", "2023-09-01", "2023-10-01"):
+        pixels = {
+            band: rng.integers(2000, 6000, coarsen(around, NATIVE_M[band]).shape, dtype=np.uint16)
+            for band in many.bands
+        }
+        if day in halves:
+            part = pixels["B04"][:, halves[day]]
+            part[:] = np.minimum(part, 4000)
+        items.append(many.item(f"{day}T10:00:00", around, pixels).to_dict())
+    table = stac_geoparquet.arrow.parse_stac_items_to_arrow(items)
+    stac_geoparquet.arrow.to_parquet(table, archive.root / "items.parquet")
+    job = building.BuildJob(
+        store=cube.Store(tmp_path / "cubes.zarr"),
+        sources=(many.source,),
+        recipe=Recipe(
+            id="small",
+            title="t",
+            bands=many.bands,
+            mask=(MaskRule(classes=(9,)),),
+            min_dates=min_dates,
+            block_px=128,
+            chunk_px=128,
+        ),
+        snapshots=tmp_path / "lists",
+    )
+    (outcome,) = building.build_cubes(job, [site], [2023])
+    if min_dates == 5:
+        assert outcome.state == "failed"
+        assert "4 dates of 2023 are left" in outcome.message
+        assert "scenes left out: values 2;" in outcome.message
+        return
+    assert outcome.state == "built", outcome.message
+    assert [fault.scene[11:19] for fault in outcome.value_faults] == ["20230501", "20230601"]
+    assert (cube.open_committed(job.store, "pit").clear_count == 4).all()
 
 
 @pytest.mark.parametrize("recipe", ["annual-geomedian", "summer-bap"])
