@@ -10,7 +10,7 @@ import pytest
 from known_composites import FOUR, LEFT, PLAIN, TOP, times_read
 from known_scenes import grid_at
 from minecube.catalog import NATIVE_M, BestPixel, MaskRule
-from minecube.composite import composite
+from minecube.composite import bands, composite
 from minecube.reader import Ledger
 
 
@@ -154,9 +154,14 @@ def test_the_date_black_in_the_fewest_bands_is_chosen(archive, holes):
             )
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("water", [False, True])
-def test_black_bands_are_read_once_more_and_others_once(archive, water):
-    """Water is black in B11 on all dates: B11 is read to choose, and no band is read a third time."""
+def test_black_bands_are_read_once_more_and_others_once(archive, monkeypatch, water, ahead):
+    """Water is black in B11 on all dates: B11 is read to choose, and no band is read a third time.
+
+    A band that is not read ahead is read after the choice, for the chosen date only.
+    """
+    monkeypatch.setattr(bands, "count_ahead", lambda scenes: ahead)
     grid, where = grid_at(LEFT, TOP, 48, 36), grid_at(LEFT - 1500, TOP + 1500, 400, 400)
     many = dataclasses.replace(archive, bands=FOUR)
     recipe = dataclasses.replace(PLAIN, bands=FOUR, reducer="best-pixel", best_pixel=BestPixel())
@@ -169,9 +174,17 @@ def test_black_bands_are_read_once_more_and_others_once(archive, water):
     assert (made.quality == 1).all()
     assert (made.day_of_year == 206).all()
     np.testing.assert_array_equal(made.reflectance[3], b11[75:93, 75:99].repeat(2, 0).repeat(2, 1))
-    times = {band: [times_read(ledger, s, band, grid) for s in listed] for band in FOUR}
+    used = set(ledger.table().scene[ledger.table().band == "B11"])
+    times = {
+        band: [times_read(ledger, s, band, grid) for s in listed if band != "B11" or s.id in used]
+        for band in FOUR
+    }
     once = [1, 1, 1]
-    assert times == {"B02": once, "B04": once, "B08": once, "B11": [2, 2, 2] if water else once}
+    of_b11 = {(0, False): [1], (0, True): [1, 2, 1], (1, False): once, (1, True): [2, 2, 2]}
+    expected = dict.fromkeys(("B02", "B04", "B08"), once) | {"B11": of_b11[ahead, water]}
+    assert times == expected
+    if not (water or ahead):
+        assert used == {listed[1].id}
     table = ledger.table()
     assert (table.planned == 1).all()
     assert (table.read == 1).all()
