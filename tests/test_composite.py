@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import tracemalloc
+from datetime import timedelta
 
 import numpy as np
 import odc.stac
-import pandas as pd
 import pytest
 
 from known_composites import LEFT, MASKED, PLAIN, TOP
@@ -359,7 +359,7 @@ def test_memory_is_estimated(archive, name):
     for day in range(30):
         scene = first.clone()
         scene.id += str(day)
-        scene.datetime += pd.Timedelta(days=2 * day)
+        scene.datetime += timedelta(days=2 * day)
         scene.properties["minecube:datatake"] += str(day)
         listed.append(scene)
     recipe = dataclasses.replace(load_recipes()[name], block_px=1024)
