@@ -71,8 +71,8 @@ def composite(
         ledger: Counts the reads made in this process. Its settings allow or forbid lost reads.
         year: Year of the composite. Required if the scenes are of several years.
         geomedian: The geomedian for recipes that use it, by default numpy's.
-        block_bytes: Memory limit of a block. A block above it is made in parts, with the same
-            pixels.
+        block_bytes: Memory limit of a block. A block above it is made in parts. Few pixels of
+            scenes of another UTM zone then differ by 1.
         check_values: Whether to check the values of each scene (`values`).
 
     Returns:
