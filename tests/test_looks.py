@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,13 @@ from pyproj import Transformer
 from rasterio.enums import Resampling
 
 from known_scenes import grid_at, serve, write_tif
+from minecube.catalog import Registration, load_recipes
+from minecube.composite import plan
 from minecube.composite.registration import measure_shifts
-from minecube.grid import CELL_PX, WINDOW_PX, TileEdges, choose_windows
-from minecube.reader import HEAD_BYTES, Ledger, find_common_tiles
+from minecube.grid import CELL_PX, WINDOW_PX, TileEdges, add_windows, choose_windows
+from minecube.reader import HEAD_BYTES, Ledger, find_common_tiles, wait_for
 from minecube.scenes.looks import read_look
+from minecube.scenes.offsets import check_offsets
 
 LEFT, TOP = 360000, 5600040
 VEGETATION = 4
@@ -79,6 +84,126 @@ def test_a_window_does_not_leave_a_file(other, expected):
     most = TileEdges(-30, 5000, 512)
     ((window),) = choose_windows(grid, [(most, most), (most, TileEdges(*other, 512))])
     assert start_of(window, grid) == (482, expected)
+
+
+def lonlat_of(grid, columns, rows=slice(0, None)):
+    """Footprint of a part of a grid."""
+    return grid[rows, columns].extent.to_crs("EPSG:4326").geom
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ([slice(0, 2000)], []),  # whole
+        ([slice(0, 1300), slice(1300, 2000)], [1392]),  # 1300 + 350 - 255, in steps of 6
+        ([slice(0, 1300), slice(1000, 2000)], [1242]),  # the middle has none: it ends at 996 + 254
+        ([slice(0, 1300), slice(900, 2000)], []),  # the middle has 354 of 510 columns
+        ([slice(1300, 2000), slice(1310, 2000), slice(1250, 2000)], [1398]),  # one for all
+        ([slice(1300, 2000), slice(0, 400)], [0, 1392]),
+        ([slice(1990, 2000)], []),  # 0.6 square kilometres, which a footprint may be wrong by
+    ],
+)
+def test_scenes_outside_the_windows_have_their_own(columns, expected):
+    """Of a site of 2000 x 600 pixels, whose window begins at column 744 and row 42."""
+    grid = grid_at(LEFT, TOP, 2000, 600)
+    windows = choose_windows(grid)
+    assert [start_of(window, grid) for window in windows] == [(42, 744)]
+    further = add_windows(windows, grid, [lonlat_of(grid, part) for part in columns])
+    assert all(window.shape == (510, 510) for window in further)
+    found = sorted(start_of(window, grid) for window in further)
+    assert len(found) == len(expected)
+    for (row, column), start in zip(found, expected, strict=True):
+        assert row in (36, 42)
+        assert abs(column - start) <= 6
+
+
+def test_a_further_window_lies_in_a_tile_of_its_own_file():
+    """The second file has tiles of 540 from column 1304 on: its window moves from 1392 to 1334."""
+    grid = grid_at(LEFT, TOP, 2000, 1200)
+    rows = TileEdges(0, 1200, 600)
+    first, second = (rows, TileEdges(0, 1302, 600)), (rows, TileEdges(1304, 2000, 540))
+    shapes = [lonlat_of(grid, slice(1304, 2000))]
+    windows = choose_windows(grid)
+    ((row, column),) = (start_of(w, grid) for w in add_windows(windows, grid, shapes))
+    assert column < 1304 + 540 < column + 510
+    assert row < 600 < row + 510
+    (moved,) = add_windows(windows, grid, shapes, [first, second])
+    assert start_of(moved, grid) == (90, 1304 + 540 - 510)
+    # A window does not move to where it has less of its scene, which here begins at row 180.
+    shapes = [lonlat_of(grid, slice(1304, 2000), slice(180, 700))]
+    (kept,) = add_windows(windows, grid, shapes, [first, second])
+    assert 174 <= start_of(kept, grid)[0] <= 186
+
+
+def test_wrong_offsets_of_scenes_beyond_the_middle_are_found(archive):
+    """The east of the site lies in another Sentinel-2 tile, and two of its scenes carry 1000 more."""
+    where = grid_at(LEFT, TOP, 2000, 600)
+    rng = np.random.default_rng(0)
+    archive.bands = BANDS
+    fields = {b: np.kron(rng.integers(300, 2500, (60, 200)), np.ones((10, 10), int)) for b in BANDS}
+    fields["B12"] = fields["B12"][::2, ::2]
+    listed = []
+    for day in range(1, 9):
+        for tile, columns in (("33UUR", slice(0, 1300)), ("33UVR", slice(1300, 2000))):
+            wrong = 1000 * (tile == "33UVR" and day in (3, 5))
+            pixels = {}
+            for band, field in fields.items():
+                half = 2 if band == "B12" else 1
+                part = field[:, columns.start // half : columns.stop // half]
+                pixels[band] = part + rng.integers(-30, 30) + wrong
+            when = f"2022-07-{day:02d}T10:00:00"
+            flags = {"baseline": "04.00", "earthsearch:boa_offset_applied": True}
+            listed.append(
+                archive.scene(when, where[:, columns], pixels, VEGETATION, tile=tile, **flags)
+            )
+    checks = check_offsets(listed, read_look(listed, where))
+    assert all(check.step is not None for check in checks)
+    found = [(s.properties["s2:mgrs_tile"], s.datetime.day) for s in listed]
+    wrong = [place for place, check in zip(found, checks, strict=True) if check.conflict]
+    assert wrong == [("33UVR", 3), ("33UVR", 5)]
+
+
+def test_displaced_scenes_beyond_the_middle_are_found(archive):
+    where = grid_at(LEFT, TOP, 2000, 600)
+    rng = np.random.default_rng(5)
+    fields = np.kron(rng.integers(2000, 6000, (30, 100)), np.ones((20, 20), int))
+    archive.bands = ("B04",)
+    listed, made = [], []
+    for day, right in ((1, 0), (2, 0), (3, 0), (4, 2)):
+        for tile, columns in (("33UUR", slice(0, 1300)), ("33UVR", slice(1300, 2000))):
+            shift = right if tile == "33UVR" else 0
+            seen = np.roll(fields, shift, 1) + rng.integers(0, 90, fields.shape)
+            when = f"2020-07-{day:02d}T10:00:00"
+            pixels = {"B04": seen[:, columns]}
+            listed.append(archive.scene(when, where[:, columns], pixels, VEGETATION, tile=tile))
+            made.append(10 * shift)
+    ledger = Ledger()
+    shifts = measure_shifts(listed, where, ledger)
+    assert [shift.dx_m for shift in shifts] == pytest.approx(made, abs=1)
+    recipe = dataclasses.replace(load_recipes()["naive-median"], bands=("B04",))
+    recipe = dataclasses.replace(recipe, registration=Registration())
+    own = ledger.totals()["planned"]
+    looks = Ledger()
+    read_look(listed, where, looks)
+    planned = plan.estimate(listed, where, recipe).checks
+    assert own + looks.totals()["planned"] <= planned == 8 * (2 * 4 + 2)
+
+
+def test_looks_read_few_scenes_at_a_time():
+    """Of 200 reads, no more are begun than 20 beyond those that were waited for."""
+    begun = []
+
+    def start():
+        for n in range(200):
+            begun.append(n)
+            read = Future()
+            read.set_result(n)
+            yield read
+
+    for n, pixels in enumerate(wait_for(start(), 20)):
+        assert pixels == n
+        assert len(begun) == min(n + 21, 200)
+    assert len(begun) == 200
 
 
 def land(archive, where, days=(1,), scl=VEGETATION, tile="33UUR", seed=0, **properties):

@@ -10,6 +10,7 @@ import pystac
 import pytest
 import rasterio
 import xarray as xr
+from shapely.geometry import mapping
 
 from known_scenes import grid_at, site_of, write_tif
 from minecube import scenes
@@ -455,7 +456,8 @@ def test_real_dates_of_april_2023(real_data, tmp_path):
                 "minecube:datatake": day,
             }
             when = np.datetime64(f"{day}T10:50:31").astype(object)
-            listed.append(pystac.Item(day, None, None, when, properties, assets=assets))
+            footprint = mapping(grid.extent.to_crs("EPSG:4326").geom)
+            listed.append(pystac.Item(day, footprint, None, when, properties, assets=assets))
         return [n for n, c in enumerate(checked(listed, grid)) if c.conflict]
 
     assert clear[clearest].min() > 0.5

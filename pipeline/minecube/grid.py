@@ -19,6 +19,7 @@ import shapely
 from affine import Affine
 from odc.geo import CRS, BoundingBox
 from odc.geo.geobox import GeoBox
+from odc.geo.geom import Geometry
 from shapely.geometry.base import BaseGeometry
 
 from minecube.arrays import AnyArray, IntP
@@ -35,6 +36,8 @@ CELL_PX = 1500
 """Least side of the cells with one window each, for looks at scenes (`minecube.scenes.looks`).
 
 With smaller cells, the checks would take more than 5 % of a build's bytes."""
+_FOOTPRINT_M = 1000
+"""Accuracy of published footprints."""
 PIXEL_DEG = 10 / 111319.490793
 """Ten metres on the equator in degrees: the pixel of exports to EPSG:4326 at 10 m, as
 EuroMineNet's."""
@@ -225,15 +228,78 @@ def choose_windows(
         cells = max(side // cell_px, 1)
         ends = [side * (2 * cell + 1) // cells for cell in range(cells)]
         starts = [max(end - WINDOW_PX, 0) // 2 // step * step for end in ends]
-        if tiles and side > WINDOW_PX:
-            edges = [file[axis] for file in tiles]
-            starts = [_move_into_tile(start, side, edges) for start in starts]
+        edges = [file[axis] for file in tiles]
+        starts = [_move_into_tile(start, side, edges) for start in starts]
         slices.append([slice(start, min(start + WINDOW_PX, side)) for start in starts])
     return [grid[rows, columns] for rows in slices[0] for columns in slices[1]]
 
 
+def add_windows(
+    windows: Sequence[GeoBox],
+    grid: GeoBox,
+    footprints: Iterable[BaseGeometry],
+    tiles: Sequence[tuple[TileEdges, TileEdges]] = (),
+) -> list[GeoBox]:
+    """Choose further windows for scenes that lie outside the windows, or mostly so.
+
+    A footprint in longitude and latitude gets a window in the middle of its part of the grid if
+    there it has more than twice as much as in any other window, and a square kilometre more. Published
+    footprints are only this accurate. With `tiles`, a window moves into one tile of the file that
+    covers most of it, unless it then has less of the footprint.
+
+    Returns the further windows only.
+    """
+    area = grid.extent.geom
+    parts = [Geometry(shape, _LONLAT).to_crs(grid.crs).geom for shape in set(footprints)]
+    parts = [shapely.intersection(shapely.make_valid(part), area) for part in parts]
+    parts = [part for part in parts if part.area >= _FOOTPRINT_M**2]
+    further: list[GeoBox] = []
+    # A window for a small part also serves the larger parts around it.
+    for part in sorted(parts, key=lambda part: (part.area, part.bounds)):
+        window = _choose_window(grid, part, tiles)
+        most = max(_measure_part(part, chosen) for chosen in [*windows, *further])
+        own = _measure_part(part, window)
+        if own > 2 * most and own - most >= _FOOTPRINT_M**2:
+            further.append(window)
+    return further
+
+
+def _measure_part(part: BaseGeometry, window: GeoBox) -> float:
+    """Measure how much of a part of the grid lies in a window, in square metres."""
+    return float(shapely.intersection(part, window.extent.geom).area)
+
+
+def _choose_window(
+    grid: GeoBox, part: BaseGeometry, tiles: Sequence[tuple[TileEdges, TileEdges]]
+) -> GeoBox:
+    """Choose the window in the middle of a part of the grid, or near it in one file tile."""
+    step = ALIGN_M // PIXEL_M
+    middle = ~grid.transform * part.centroid.coords[0]
+    starts = []
+    for side, at in zip(grid.shape, reversed(middle), strict=True):
+        start = min(max(at - WINDOW_PX / 2, 0), max(side - WINDOW_PX, 0))
+        starts.append(int(start) // step * step)
+
+    def place(starts: Sequence[int]) -> GeoBox:
+        rows, columns = (
+            slice(start, min(start + WINDOW_PX, side))
+            for start, side in zip(starts, grid.shape, strict=True)
+        )
+        return grid[rows, columns]
+
+    files = sorted(tiles, key=lambda file: -math.prod(map(_overlap, file, starts)))
+    moved = [
+        _move_into_tile(start, side, [file[axis] for file in files])
+        for axis, (start, side) in enumerate(zip(starts, grid.shape, strict=True))
+    ]
+    candidates = [place(moved), place(starts)]
+    return max(candidates, key=lambda window: _measure_part(part, window))
+
+
 def _move_into_tile(start: int, side: int, files: Sequence[TileEdges]) -> int:
     """Move a window along a side into one tile: its new start, or the old one if none fits."""
+    if not files or side <= WINDOW_PX:
+        return start
     places = []
     edge, _, tile = files[0]
     first = (start - edge) // tile

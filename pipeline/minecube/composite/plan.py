@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pystac
+import shapely
 import yaml
 from odc.geo.geobox import GeoBox
 
@@ -38,6 +39,7 @@ from minecube.grid import (
     CELL_PX,
     PIXEL_M,
     WINDOW_PX,
+    add_windows,
     choose_windows,
     coarsen,
     iterate_blocks,
@@ -274,12 +276,18 @@ def _count_checks(scenes: Sequence[pystac.Item], grid: GeoBox, recipe: Recipe) -
     with the composite, those of other bands here.
     """
     windows = choose_windows(grid, (), CELL_PX)
+    footprints = [shapely.geometry.shape(scene.geometry) for scene in scenes]
+    further = add_windows(windows, grid, footprints)
     has_red = all(pixel_size_of(_RED, [s]) == PIXEL_M for s in scenes if _RED in s.assets)
     is_shared = len(windows) == 1 and has_red and all(_RED in s.assets for s in scenes)
-    counts = [_OFFSET_BANDS] * len(windows)
-    if recipe.registration and not is_shared:
-        counts.append(_REGISTRATION_BANDS)
-    in_tile = _lie_in_tiles(scenes, grid)
+    counts = [_OFFSET_BANDS] * len(windows + further)
+    if recipe.registration:
+        middles = choose_windows(grid)
+        own_windows = add_windows(middles, grid, footprints)
+        if not is_shared:
+            own_windows += middles
+        counts += [_REGISTRATION_BANDS] * len(own_windows)
+    in_tile = _lie_in_tiles(scenes, grid) and not further
     sums = np.zeros(4, dtype=np.int64)
     for scene in scenes:
         of_band, of_scl = (

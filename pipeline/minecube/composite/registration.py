@@ -37,12 +37,13 @@ from typing import Any
 
 import numpy as np
 import pystac
+import shapely
 from odc.geo.geobox import GeoBox
 from scipy import fft, ndimage
 
 from minecube.arrays import Bool, Complex64, Float32, Float64, UInt16
 from minecube.catalog import SCL, Registration
-from minecube.grid import PIXEL_M, choose_windows, coarsen
+from minecube.grid import PIXEL_M, add_windows, choose_windows, coarsen
 from minecube.reader import Ledger, find_common_tiles, remove_offset, start_read, wait_for
 
 log = logging.getLogger(__name__)
@@ -107,8 +108,9 @@ def measure_shifts(
     """Measure one shift per scene, in the given order.
 
     Reads SCL of each scene in the middle of the site, and one band of scenes with enough clear
-    ground. `known` are stored pixels already read, by scene id, band and grid, as in a look. If they
-    have this band on one grid, this grid is the middle.
+    ground. Scenes without a shift there are measured in further windows, where they cover more.
+    `known` are stored pixels already read, by scene id, band and grid, as in a look. If they have
+    this band on one grid, this grid is the middle.
 
     Raises:
         ReadError: A pixel cannot be read, and the ledger does not allow this.
@@ -120,11 +122,34 @@ def measure_shifts(
         ]
     band, size_m = _choose_finest_band(scenes, bands)
     known = known or {}
+    tiles = find_common_tiles(scenes, band, grid, ledger)
     windows = list({known_grid for _, known_band, known_grid in known if known_band == band})
     if len(windows) != 1:
-        tiles = find_common_tiles(scenes, band, grid, ledger)
         windows = [coarsen(w, size_m) for w in choose_windows(grid, tiles)]
-    edges = _read_edges(scenes, band, windows[0], ledger, known)
+
+    def measure(window: GeoBox) -> list[Shift]:
+        edges = _read_edges(scenes, band, window, ledger, known)
+        return _measure_edges(scenes, edges, size_m)
+
+    shifts = measure(windows[0])
+    footprints = [
+        shapely.geometry.shape(scene.geometry)
+        for scene, shift in zip(scenes, shifts, strict=True)
+        if shift.dx_m is None
+    ]
+    for window in add_windows(windows, grid, footprints, tiles):
+        found = measure(coarsen(window, size_m))
+        shifts = [
+            old if old.dx_m is not None or new.dx_m is None else new
+            for old, new in zip(shifts, found, strict=True)
+        ]
+    return shifts
+
+
+def _measure_edges(
+    scenes: Sequence[pystac.Item], edges: Sequence[Complex64], size_m: int
+) -> list[Shift]:
+    """Measure the shifts of scenes from their edges in pixels of `size_m`."""
     moves_px, peaks = compare(edges)
     rows = zip(scenes, edges, moves_px * size_m, peaks.tolist(), strict=True)
     return [

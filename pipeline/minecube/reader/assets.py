@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import time
@@ -236,12 +237,18 @@ def start_stored_read(
     return _threads_for(scene, band).submit(read)
 
 
-def wait_for(reads: Iterable[Future[UInt16]]) -> Iterator[UInt16]:
-    """Yield the pixels of reads in their order; if one fails, cancel those not yet begun."""
-    waiting = deque(reads)
+def wait_for(reads: Iterable[Future[UInt16]], ahead: int | None = None) -> Iterator[UInt16]:
+    """Yield the pixels of reads in their order; if one fails, cancel those not yet begun.
+
+    `ahead` limits the reads taken from an iterator at a time, and so the pixels in memory.
+    """
+    reads = iter(reads)
+    waiting = deque(itertools.islice(reads, ahead))
     try:
         while waiting:
-            yield waiting.popleft().result()
+            pixels = waiting.popleft().result()
+            waiting.extend(itertools.islice(reads, 1))
+            yield pixels
     finally:
         for read in waiting:
             read.cancel()

@@ -1,7 +1,8 @@
 """Read a thin sample of all scenes of a site-year, to judge them before compositing.
 
 A look covers all of a site up to 5 km. In a larger site it reads windows of 5 km, one per cell of
-15 km or more. Each window lies in one tile of the files where possible (`choose_windows`).
+15 km or more. Scenes that cover other parts of the site have further windows. Each window lies in
+one tile of the files where possible (`minecube.grid`).
 
 Overviews are not read, so the method of their making does not matter. One tile of an overview has as
 many bytes as one tile of the image. At 10 km, only overviews of 320 m would take fewer bytes than a
@@ -17,13 +18,20 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pystac
+import shapely
 from odc.geo.geobox import GeoBox
 
 from minecube.arrays import Float32, UInt16
 from minecube.catalog import SCL
 from minecube.errors import ReadError
-from minecube.grid import CELL_PX, PIXEL_M, choose_windows, coarsen
-from minecube.reader import Ledger, find_common_tiles, start_stored_read, wait_for
+from minecube.grid import CELL_PX, PIXEL_M, add_windows, choose_windows, coarsen
+from minecube.reader import (
+    READ_THREADS,
+    Ledger,
+    find_common_tiles,
+    start_stored_read,
+    wait_for,
+)
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +60,7 @@ class Look:
     """uint16 [scene, pixel]."""
     middle: Mapping[tuple[str, str, GeoBox], UInt16] = field(default_factory=dict)
     """(Scene id, band, grid) -> stored pixels [y, x] of SCL and red, for registration. Empty if the
-    look has several windows."""
+    site has several cells."""
 
     def select_scenes(self, scenes: Sequence[pystac.Item]) -> Look:
         """Select scenes, in the given order."""
@@ -103,6 +111,9 @@ def _read_look(
         )
     tiles = find_common_tiles(scenes, (*bands, SCL)[0], grid, ledger)
     windows = choose_windows(grid, tiles, CELL_PX)
+    middles = windows if len(windows) == 1 else []
+    footprints = [shapely.geometry.shape(scene.geometry) for scene in scenes]
+    windows += add_windows(windows, grid, footprints, tiles)
     pixels = sum(math.prod(coarsen(window, _SCL_M).shape) for window in windows)
     step = math.ceil(pixels / _PIXELS)
     parts = []
@@ -110,14 +121,15 @@ def _read_look(
     for window in windows:
         files = [(scene, band) for scene in scenes for band in (*bands, SCL)]
         grids = [_choose_grid(scene, band, window) for scene, band in files]
-        reads = [
+        reads = (
             start_stored_read(scene, band, read_grid, ledger)
             for (scene, band), read_grid in zip(files, grids, strict=True)
-        ]
+        )
         layers = []
-        for (scene, band), read_grid, layer in zip(files, grids, wait_for(reads), strict=True):
+        in_order = wait_for(reads, READ_THREADS)
+        for (scene, band), read_grid, layer in zip(files, grids, in_order, strict=True):
             layers.append(_coarsen_to_scl(layer, read_grid, band).reshape(-1)[::step])
-            if len(windows) == 1 and band in (_RED, SCL):
+            if window in middles and band in (_RED, SCL):
                 middle[scene.id, band, read_grid] = layer
         parts.append(np.reshape(layers, (len(scenes), len(bands) + 1, -1)))
     stored, scl = np.split(np.concatenate(parts, axis=-1), [-1], axis=1)
